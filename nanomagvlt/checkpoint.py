@@ -1,0 +1,92 @@
+"""Appendix - Checkpoints: written whole or not at all, read without running anything in them.
+
+A checkpoint is a plain dict of tensors and simple values. A transformer's holds all that sampling needs: its
+configuration, the text merges, the VQ-GAN and the model; and all that going on with training needs: the optimiser's
+state and the step. There is no random state in it: randomness is a function of (seed, step), see data.py.
+"""
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from nanomagvlt.bpe import BPE
+from nanomagvlt.config import Config, from_dict
+from nanomagvlt.model import MAGVLT
+from nanomagvlt.vqgan import VQGAN
+
+
+class CheckpointError(ValueError):
+    """A file that is no usable checkpoint; the message is one line that names it."""
+
+
+def save(path: Path, kind: str, cfg: Config, **content) -> None:
+    """Writes a checkpoint of kind "vqgan" or "magvlt" beside its place and moves it there: never half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save({"kind": kind, "config": dataclasses.asdict(cfg), **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def load(path: str | Path, kind: str) -> dict:
+    """The checkpoint's dict, on the CPU, its "config" a Config. Raises CheckpointError."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file fails in any of a dozen ways inside the unpickler
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: not a checkpoint of nanomagvlt, or a damaged one ({reason[:100]})") from None
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        found = content.get("kind") if isinstance(content, dict) else None
+        raise CheckpointError(f"{path}: holds {found or 'something else'}, where a {kind} checkpoint is wanted")
+    try:
+        content["config"] = from_dict(content["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its configuration cannot be used ({error})") from None
+    return content
+
+
+def load_vqgan(path: str | Path) -> VQGAN:
+    """The VQ-GAN of a "vqgan" checkpoint, in evaluation mode. Raises CheckpointError."""
+    content = load(path, "vqgan")
+    return _filled(VQGAN(content["config"]), content["vqgan"], path).eval()
+
+
+def load_magvlt(path: str | Path) -> tuple[MAGVLT, VQGAN, BPE]:
+    """The transformer, VQ-GAN and text tokenizer of a "magvlt" checkpoint, ready to sample. Raises CheckpointError."""
+    content = load(path, "magvlt")
+    cfg = content["config"]
+    return (_filled(MAGVLT(cfg), content["model"], path).eval(), _filled(VQGAN(cfg), content["vqgan"], path).eval(),
+            BPE.from_text(content["bpe"]))
+
+
+def _filled(module: torch.nn.Module, state: dict, path: str | Path) -> torch.nn.Module:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its tensors do not fit its configuration ({str(error).splitlines()[1].strip()})") from None
+    return module
+
+
+def digest(module: torch.nn.Module) -> str:
+    """A short name for exactly these weights: a hash of every tensor."""
+    sha = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def newest(runs: str | Path = "runs") -> Path:
+    """The newest runs/*/last.pt. Raises CheckpointError, with the command that trains one, where there is none."""
+    files = sorted(Path(runs).glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise CheckpointError(f"nothing is trained under {runs}/ yet: run `python train.py --preset tiny`")
+    return files[-1]

@@ -1,0 +1,217 @@
+"""Every number there is to choose, in one flat dataclass.
+
+A preset is a small table of differences from the defaults below, and every field is a flag of train.py:
+`width` is `--width`, `vq_steps` is `--vq-steps`. The comment behind a field is also its help text. A name that
+does not exist is an error that offers the nearest one.
+
+`P` in a comment marks the paper's own setting (MAGVLT, CVPR 2023); the rest is ours and may be bettered.
+"""
+import argparse
+import dataclasses
+import difflib
+import inspect
+import re
+from dataclasses import dataclass
+
+
+@dataclass
+class Config:
+    # Data
+    data: str = "shapes:tiny"                # shapes:LEVEL, a folder of images with .txt beside them, or tar shards
+    val_data: str = ""                       # pairs to validate on, in the same forms; empty: held-out shapes, else none
+    cache: str = ""                          # a folder of token caches, train/ and val/; empty: make them from the data
+    pairs: int = 40_000                      # pairs that a shapes cache holds; files are always read whole
+    image_size: int = 32                     # pixels a side; P 256
+    text_length: int = 24                    # N_T: most text tokens in a caption, its end token included; P 64
+    # Text tokens
+    bpe: str = ""                            # a merges file to use; empty: train one on the captions
+    bpe_merges: int = 100                    # merges to train; the vocabulary is 512 bytes + merges + 2 special; P 48,894
+    bpe_dropout: float = 0.0                 # share of merges left undone in training; P 0.1
+    text_vocab: int = 0                      # V_T: size of the text vocabulary; 0: 512 + bpe_merges + 2; P 49,408
+    # Image tokens: the VQ-GAN, in taming-transformers' terms
+    vqgan: str = ""                          # a trained VQ-GAN to use; empty: train one on the images
+    codebook_size: int = 128                 # V_I: image vocabulary; P 16,384
+    codebook_dim: int = 32                   # size of a code vector; P 256
+    vq_channels: int = 32                    # channels at full resolution; P 128
+    vq_multipliers: tuple[int, ...] = (1, 1, 2, 2)  # channels a level; each level after the first halves the side; P 1,1,2,2,4
+    vq_res_blocks: int = 1                   # residual blocks a level (one more in the decoder); P 2
+    vq_attention: tuple[int, ...] = ()       # sides of the feature maps that get attention; P 16
+    vq_latent: int = 64                      # channels where encoder and decoder meet; P 256
+    vq_groups: int = 8                       # groups of each GroupNorm; P 32
+    vq_patchwise: bool = True                # the encoder sees one token's patch at a time; P no
+    vq_images: int = 20_000                  # decoded images held in memory to train the VQ-GAN on
+    vq_steps: int = 600                      # updates
+    vq_batch: int = 32                       # images an update
+    vq_lr: float = 2e-3                      # peak learning rate
+    vq_commitment: float = 0.25              # weight of the commitment loss
+    vq_decay: float = 0.95                   # moving average of the codebook, per update
+    # Transformer
+    layers: int = 4                          # P 24
+    width: int = 128                         # D; P 1024
+    heads: int = 8                           # H; P 8
+    dropout: float = 0.0                     # on residuals and attention; P 0.1
+    init_std: float = 0.09                   # weights and positions start as N(0, init_std); P 0.02
+    # Objective (eq. 6)
+    task_weights: tuple[float, ...] = (2.0, 1.0, 1.0)  # how often T2I, I2T, IT2IT are drawn; P 8,1,1
+    length_weight: float = 0.01              # lambda_TL; P 0.01
+    label_smoothing: float = 0.0             # P 0.1
+    # Optimiser
+    steps: int = 6000                        # updates; P 40,000
+    batch_size: int = 32                     # pairs an update; P 4,096
+    lr: float = 1e-3                         # peak learning rate, cosine to 0 after the warm-up; P 4.5e-4
+    warmup: int = 100                        # updates of linear warm-up
+    betas: tuple[float, ...] = (0.9, 0.96)   # AdamW; P 0.9, 0.96
+    weight_decay: float = 0.045              # on matrices only; P 0.045
+    clip: float = 4.0                        # largest gradient norm; P 4
+    # Decoding (section 3.2), defaults of sample.py and eval.py
+    image_steps: int = 10                    # K for images; P 10
+    image_temperature: tuple[float, ...] = (1.4, 0.6)  # sampling temperature, first step to last
+    image_top_k: int = 0                     # sample among this many likeliest tokens; 0: among all
+    image_noise: tuple[float, ...] = (2.0, 0.2)  # Gumbel noise on the confidence, first step to last
+    text_steps: int = 12                     # K for text; P 12
+    text_temperature: float = 0.1            # sampling temperature, every step
+    text_top_k: int = 32                     # sample among this many likeliest tokens; 0: among all
+    text_choice: str = "draw"                # places masked again: draw (by confidence, at random) or least (confident)
+    length_places: int = 16                  # text places visible, all masked, when the length is predicted
+    # Housekeeping
+    seed: int = 0                            # same seed, same device, same result
+    log_every: int = 10                      # updates between lines of log.jsonl
+    eval_every: int = 500                    # updates between validations (and best.pt)
+    sample_every: int = 1000                 # updates between PNGs of samples
+    save_every: int = 500                    # updates between saves of last.pt
+    eval_scenes: int = 200                   # unseen scenes for the accuracies printed at the end, if data is shapes
+
+    def __post_init__(self):
+        self.text_vocab = self.text_vocab or 512 + self.bpe_merges + 2
+
+    @property
+    def grid(self) -> int:
+        """Image tokens a side."""
+        return self.image_size // 2 ** (len(self.vq_multipliers) - 1)
+
+    @property
+    def image_tokens(self) -> int:
+        """N: image tokens of one image, in raster order."""
+        return self.grid ** 2
+
+    def check(self) -> "Config":
+        """Returns itself. Raises ValueError, naming the field, where values cannot work together."""
+        patch = 2 ** (len(self.vq_multipliers) - 1)
+        problems = [
+            (self.image_size % patch, f"image_size {self.image_size} is no multiple of {patch} (vq_multipliers)"),
+            (self.width % self.heads, f"width {self.width} is no multiple of heads {self.heads}"),
+            (any(self.vq_channels * m % self.vq_groups for m in self.vq_multipliers),
+             f"vq_channels x vq_multipliers must be multiples of vq_groups {self.vq_groups}"),
+            (len(self.task_weights) != 3 or min(self.task_weights) < 0 or sum(self.task_weights) <= 0,
+             f"task_weights {self.task_weights} must be three numbers >= 0, not all 0, for T2I, I2T, IT2IT"),
+            (not 1 <= self.length_places <= self.text_length,
+             f"length_places {self.length_places} must lie in 1..text_length {self.text_length}"),
+            (not 1 <= self.image_steps <= self.image_tokens,
+             f"image_steps {self.image_steps} must lie in 1..{self.image_tokens}, the number of image tokens"),
+            (self.text_choice not in ("draw", "least"), f"text_choice {self.text_choice!r} is neither draw nor least"),
+            (not 0 <= self.label_smoothing < 1, f"label_smoothing {self.label_smoothing} must lie in [0, 1)"),
+            (not 0 <= self.dropout < 1, f"dropout {self.dropout} must lie in [0, 1)"),
+            (not 0 <= self.bpe_dropout <= 1, f"bpe_dropout {self.bpe_dropout} must lie in [0, 1]"),
+            (len(self.betas) != 2, f"betas {self.betas} must be two numbers"),
+            (len(self.image_temperature) != 2 or min(self.image_temperature) <= 0,
+             f"image_temperature {self.image_temperature} must be two numbers > 0, first step and last"),
+            (len(self.image_noise) != 2 or min(self.image_noise) < 0,
+             f"image_noise {self.image_noise} must be two numbers >= 0, first step and last"),
+            (self.text_temperature <= 0, f"text_temperature {self.text_temperature} must be > 0"),
+        ]
+        at_least_one = ("pairs image_size text_length codebook_size codebook_dim vq_channels vq_latent vq_groups vq_images vq_batch "
+                        "layers width heads batch_size text_steps log_every eval_every sample_every save_every").split()
+        problems += [(getattr(self, name) < 1, f"{name} {getattr(self, name)} must be at least 1") for name in at_least_one]
+        for is_wrong, message in problems:
+            if is_wrong:
+                raise ValueError(message)
+        return self
+
+
+PRESETS = {
+    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=200, steps=1000, eval_scenes=100,
+                  eval_every=250, sample_every=500, save_every=250, task_weights=(1.0, 1.0, 0.0)),
+    "tiny": dict(),
+}
+
+# Fields that a later run of the same name may change: they say how long and how often, not what.
+MAY_CHANGE = ("steps", "vq_steps", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")
+
+
+def preset(name: str, **changes) -> Config:
+    """The named preset with changes. Raises ValueError for an unknown preset or field, with the nearest name."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}{nearest(name, PRESETS)}")
+    return from_dict({**PRESETS[name], **changes})
+
+
+def from_dict(values: dict) -> Config:
+    """A Config from plain values (lists become tuples). Raises ValueError for an unknown field or a bad value."""
+    known = {f.name: f for f in dataclasses.fields(Config)}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"no setting {name!r}{nearest(name, known)}")
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}).check()
+
+
+def nearest(name: str, names) -> str:
+    """'; did you mean ...?' with the closest of names, or all of them where none is close."""
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(names)}"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that complains in one line, offers the nearest flag, and exits with status 2."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            word = unknown[0].split("=")[0]
+            close = difflib.get_close_matches(word, flags, 1)
+            self.error(f"unknown argument {word}" + (f"; did you mean {close[0]}?" if close else "; see --help"))
+        return args
+
+
+def add_config_flags(parser: Parser) -> None:
+    """Gives the parser `--preset` and one flag for every field of Config; the field's comment is the help."""
+    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
+    parser.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default tiny)")
+    group = parser.add_argument_group("settings (the preset's unless given; P: the paper's)")
+    for field in dataclasses.fields(Config):
+        group.add_argument("--" + field.name.replace("_", "-"), type=_reader(field.type), metavar="X",
+                           default=argparse.SUPPRESS, help=comments[field.name].replace("%", "%%"))
+
+
+def config_from_args(parser: Parser, args: argparse.Namespace) -> Config:
+    """The preset named in args with every field given as a flag; a bad value ends the program with one line."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+    try:
+        return preset(args.preset, **given)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _reader(kind):
+    """What turns a flag's text into a value of the field's type."""
+    if kind is bool:
+        def read(text: str) -> bool:
+            if text not in ("true", "false"):
+                raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+            return text == "true"
+    elif kind in (tuple[int, ...], tuple[float, ...]):
+        number = kind.__args__[0]
+        def read(text: str) -> tuple:
+            try:
+                return tuple(number(part) for part in text.split(",") if part.strip())
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2,4") from None
+    else:
+        read = kind
+    return read

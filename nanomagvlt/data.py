@@ -1,0 +1,332 @@
+"""Chapter 11 - From pairs to batches.
+
+Pairs come from three kinds of source, named by one string:
+  shapes:LEVEL             the small world, drawn on the fly
+  a folder                 images with a .txt (or .json with a "caption") of the same name beside them
+  tar shards               as img2dataset writes them: KEY.jpg KEY.txt KEY.json; a path, or a quoted pattern with * ?
+Reading is where hostile input is met, once: an image is known by its content, never by its name, its size is read
+before it is decoded, and what cannot be used is counted by reason, never fatal and never silent.
+
+Training then reads one format, the token cache: image tokens as uint16 and captions as text, both memory-mapped. The
+images are tokenised once, the captions anew each time, since BPE dropout wants them so.
+
+All that is random depends on (seed, place, purpose), not on history: resuming at update 1000 needs no saved state.
+
+Shapes: B batch, S image side in pixels, N image tokens, T text places.
+"""
+import contextlib
+import glob
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import tarfile
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from nanomagvlt import shapes
+from nanomagvlt.bpe import BPE
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 64_000_000   # more is refused unread: a few bytes of PNG can claim gigabytes
+MAX_ASPECT = 20           # a longer strip has nothing to show after a square crop
+MAX_BAD_SHARE = 0.05      # a source worse than this is a mistake, not bad luck
+
+
+@dataclass
+class Pair:
+    """An image, uint8 (S, S, 3), and its caption."""
+    key: str
+    image: np.ndarray
+    caption: str
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; the message is the reason it is counted under."""
+
+
+class DataError(ValueError):
+    """A source that cannot be used; the message is one line that names it and says what to do."""
+
+
+# ---------------------------------------------------------------------------------------------- randomness
+
+def keyed_seed(*key) -> int:
+    """A seed in [0, 2^63) made of anything printable: (seed, step, "mask"), say."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def keyed_generator(*key) -> torch.Generator:
+    """A CPU generator that always starts the same for the same key."""
+    return torch.Generator().manual_seed(keyed_seed(*key))
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+def open_image(data: bytes) -> Image.Image:
+    """An upright RGB picture from the bytes of an image file, transparency laid on white. Raises BadSample."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's notes on odd metadata; the size is checked here
+        try:
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            w, h = image.size
+            if w * h > MAX_PIXELS:
+                raise BadSample("image has too many pixels")
+            if max(w, h) > MAX_ASPECT * min(w, h):
+                raise BadSample("image is too long and thin")
+            image.load()
+            with contextlib.suppress(Exception):  # broken orientation data: show it as it is stored
+                image = ImageOps.exif_transpose(image)
+        except Image.DecompressionBombError:
+            raise BadSample("image has too many pixels") from None
+        except UnidentifiedImageError:
+            raise BadSample("not an image") from None
+        except (OSError, SyntaxError, ValueError, EOFError, zlib.error):  # what Pillow raises on broken files
+            raise BadSample("broken image") from None
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: plain conversion would clip it to white
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def square(image: Image.Image, side: int) -> np.ndarray:
+    """The shorter side scaled to `side`, then the centre: uint8 (side, side, 3)."""
+    return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 (B, S, S, 3) -> float32 (B, 3, S, S) in [-1, 1]: (x - 0.5) / 0.5 for x in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_images(pixels: torch.Tensor) -> np.ndarray:
+    """float (B, 3, S, S), about [-1, 1] -> uint8 (B, S, S, 3)."""
+    return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------- sources
+
+def read_pairs(source: str, image_size: int, counts: Counter, num_shapes: int = 0, split: str = "train",
+               seed: int = 0) -> Iterator[Pair]:
+    """The usable pairs of a source, in an order that never changes; counts gains "good" and a number per reason.
+
+    num_shapes, split ("train", "val", "test") and seed matter to `shapes:LEVEL` alone. Raises DataError for a source
+    that is not there, holds nothing, or of which more than 5% is bad.
+    """
+    if source.startswith("shapes:"):
+        yield from _read_shapes(source, image_size, counts, num_shapes, split, seed)
+        return
+    for members in _grouped(_read_files(source, counts)):
+        try:
+            pair = _assemble(members, image_size)
+        except BadSample as reason:
+            counts[str(reason)] += 1
+            continue
+        counts["good"] += 1
+        yield pair
+    bad = sum(counts.values()) - counts["good"]
+    reasons = ", ".join(f"{n} x {reason}" for reason, n in counts.most_common() if reason != "good")
+    if counts["good"] == 0:
+        raise DataError(f"{source}: no usable pair of an image and a caption" + (f" ({reasons})" if reasons else ""))
+    if bad > MAX_BAD_SHARE * (bad + counts["good"]):
+        raise DataError(f"{source}: {bad} of {bad + counts['good']} samples are bad, more than {MAX_BAD_SHARE:.0%} ({reasons})"
+                        ": mend or remove them")
+
+
+def _read_shapes(source, image_size, counts, num_shapes, split, seed) -> Iterator[Pair]:
+    try:
+        level = shapes.get_level(source.removeprefix("shapes:"))
+    except ValueError as error:
+        raise DataError(f"{source}: {error}") from None
+    if shapes.SIDE != image_size:
+        raise DataError(f"{source} draws {level.image_size} pixels a side, but image_size is {image_size}: set it so")
+    for i in range(num_shapes):
+        rng = random.Random(keyed_seed(seed, split, i))
+        scene = shapes.random_scene(level, rng, split)
+        counts["good"] += 1
+        yield Pair(f"{i:09d}", shapes.draw_scene(scene, level, rng), shapes.describe(scene, level, rng))
+
+
+def _read_files(source: str, counts: Counter) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Names and contents (read on demand) of the files of a folder or of tar shards, those of one key together."""
+    if os.path.isdir(source) and glob.glob(f"{glob.escape(source)}/*.tar"):
+        source = f"{glob.escape(source)}/*.tar"
+    if os.path.isdir(source):
+        for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
+            yield str(path.relative_to(source)), path.read_bytes
+        return
+    shards = sorted(glob.glob(source))
+    if not shards:
+        raise DataError(f"{source}: no such folder or tar file (shards may be given as a quoted pattern, 'path/*.tar')")
+    for shard in shards:
+        try:
+            with tarfile.open(shard, "r:*") as tar:
+                for member in tar:
+                    if member.isfile():
+                        data = tar.extractfile(member).read()  # into memory only: nothing is ever unpacked to disk
+                        yield f"{shard}/{member.name}", lambda data=data: data
+        except (tarfile.TarError, OSError, EOFError, zlib.error):
+            counts["broken or truncated shard"] += 1
+
+
+def _grouped(files: Iterable[tuple[str, Callable[[], bytes]]]) -> Iterator[dict[str, Callable[[], bytes]]]:
+    """Neighbouring files of one key: the path up to the first dot of its last part, as webdataset has it."""
+    key, members = None, {}
+    for name, content in files:
+        folder, _, base = name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        if (folder, stem) != key and members:
+            yield members
+            members = {}
+        elif suffix.lower() in members:
+            members = {"duplicate": content}
+        key = (folder, stem)
+        if suffix:
+            members[suffix.lower()] = content
+            members["key"] = stem
+    if members:
+        yield members
+
+
+def _assemble(members: dict, image_size: int) -> Pair:
+    caption = members.pop("txt", bytes)().decode("utf-8", errors="replace")
+    meta = members.pop("json", bytes)()
+    key = members.pop("key", "")
+    if "duplicate" in members:
+        raise BadSample("two files of one name")
+    if not caption.strip() and meta:
+        with contextlib.suppress(ValueError, AttributeError):  # broken JSON, or JSON that is no object: no caption there
+            caption = json.loads(meta).get("caption") or ""
+    caption = " ".join(str(caption).split())
+    if not caption:
+        raise BadSample("no caption")
+    if not members:
+        raise BadSample("no image")
+    return Pair(key, square(open_image(next(iter(members.values()))()), image_size), caption)
+
+
+# ---------------------------------------------------------------------------------------------- the token cache
+
+class TokenCache:
+    """A folder of image tokens (uint16, memory-mapped) and captions, one row a pair; write_cache() makes it."""
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        try:
+            self.meta = json.loads((folder / "meta.json").read_text())
+            self.tokens = np.memmap(folder / "tokens.bin", np.uint16, "r", shape=(self.meta["pairs"], self.meta["image_tokens"]))
+            self.ends = np.memmap(folder / "caption_ends.bin", np.int64, "r", shape=(self.meta["pairs"],))
+            self.text = np.memmap(folder / "captions.bin", np.uint8, "r", shape=(int(self.ends[-1]),))
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{folder}: no whole token cache ({error}); make it with data/prepare.py") from None
+
+    def __len__(self) -> int:
+        return self.meta["pairs"]
+
+    def image_tokens(self, rows: np.ndarray) -> torch.Tensor:
+        """Rows (B,) -> image tokens (B, N) long."""
+        return torch.from_numpy(self.tokens[rows].astype(np.int64))
+
+    def captions(self, rows: Iterable[int]) -> list[str]:
+        """Rows (B,) -> their captions."""
+        starts = (self.ends[i - 1] if i else 0 for i in rows)
+        return [self.text[start:self.ends[i]].tobytes().decode() for i, start in zip(rows, starts)]
+
+
+def write_cache(folder: str | Path, pairs: Iterable[Pair], vqgan, meta: dict, batch_size: int = 64) -> TokenCache:
+    """Tokenises pairs with the VQ-GAN into a TokenCache; meta is put into its meta.json. The folder is whole or absent."""
+    folder = Path(folder)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    device = vqgan.quantize.embedding.weight.device
+    num_pairs = end = num_tokens = 0
+    with (contextlib.ExitStack() as on_error, open(unfinished / "tokens.bin", "wb") as token_file,
+          open(unfinished / "captions.bin", "wb") as caption_file, open(unfinished / "caption_ends.bin", "wb") as end_file):
+        on_error.callback(shutil.rmtree, unfinished)
+        for batch in batched(pairs, batch_size):
+            with torch.inference_mode():
+                tokens = vqgan.encode(to_pixels(np.stack([pair.image for pair in batch])).to(device))  # (B, N)
+            token_file.write(tokens.cpu().numpy().astype(np.uint16).tobytes())
+            captions = [pair.caption.encode("utf-8", errors="replace") for pair in batch]
+            ends = end + np.cumsum([len(c) for c in captions], dtype=np.int64)                         # (B,)
+            caption_file.write(b"".join(captions))
+            end_file.write(ends.tobytes())
+            num_pairs, num_tokens, end = num_pairs + len(batch), tokens.shape[1], int(ends[-1])
+        if num_pairs == 0:
+            raise DataError(f"{folder}: there is no pair to put into the cache")
+        on_error.pop_all()
+    write_json(unfinished / "meta.json", {"pairs": num_pairs, "image_tokens": num_tokens, **meta})
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+    return TokenCache(folder)
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items, the last one maybe shorter."""
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def write_json(path: Path, value) -> None:
+    """Writes a whole file or none."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+@lru_cache(maxsize=2)
+def _permutation(num_items: int, seed: int, epoch: int) -> np.ndarray:
+    return torch.randperm(num_items, generator=keyed_generator(seed, "epoch", epoch)).numpy()
+
+
+def rows_of_step(step: int, batch_size: int, num_items: int, seed: int) -> np.ndarray:
+    """The rows (B,) of a batch: every row once an epoch, in an order of its own each epoch. A function of step alone."""
+    place = np.arange(step * batch_size, (step + 1) * batch_size)                                    # (B,)
+    epoch, offset = place // num_items, place % num_items
+    rows = np.empty_like(place)
+    for e in np.unique(epoch):
+        rows[epoch == e] = _permutation(num_items, seed, int(e))[offset[epoch == e]]
+    return rows
+
+
+def encode_captions(bpe: BPE, captions: list[str], text_length: int, dropout: float = 0.0,
+                    key: tuple = ()) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions -> text_tokens (B, T) and text_lengths (B,), long. BPE dropout is keyed by (key, place in the batch)."""
+    rngs = (random.Random(keyed_seed(*key, i)) if dropout else None for i in range(len(captions)))
+    encoded = [bpe.pad(bpe.encode(caption, dropout, rng), text_length) for caption, rng in zip(captions, rngs)]
+    return torch.tensor([ids for ids, _ in encoded]), torch.tensor([length for _, length in encoded])
+
+
+def make_batch(cache: TokenCache, bpe: BPE, rows: np.ndarray, text_length: int, dropout: float = 0.0,
+               key: tuple = ()) -> dict[str, torch.Tensor]:
+    """What objectives.py wants: image_tokens (B, N), text_tokens (B, T), text_lengths (B,)."""
+    text_tokens, text_lengths = encode_captions(bpe, cache.captions(rows), text_length, dropout, key)
+    return {"image_tokens": cache.image_tokens(rows), "text_tokens": text_tokens, "text_lengths": text_lengths}
+
+
+def left_out(counts: Counter) -> str:
+    """'; left out: 3 x not an image' and so on, or nothing."""
+    bad = ", ".join(f"{n} x {reason}" for reason, n in counts.most_common() if reason != "good")
+    return f"; left out: {bad}" if bad else ""

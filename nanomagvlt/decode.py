@@ -1,0 +1,145 @@
+"""Chapter 5 - Decoding: from all hidden to all known, in a few steps (section 3.2, figure 2).
+
+There is one loop, decode(). It knows no model and no task: it is given a canvas (tokens, some of them hidden) and a
+function from tokens to logits. Every step guesses all hidden tokens at once, then hides the least confident again,
+fewer each time. Images and texts differ in a Recipe, no more: a drawn image token is never hidden again, a written
+text token may be.
+
+draw_image() and write_text() are thin: another canvas each, and the caption's length, which is guessed first.
+
+Shapes: B batch, N places, K decoding steps, V vocabulary, T text places. Read on in vqgan.py.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanomagvlt import sequence
+from nanomagvlt.masking import decoding_counts, gumbel, lowest
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one modality is decoded."""
+    steps: int                        # K
+    schedule: str                     # gamma: "cosine" or "linear"
+    can_remask: bool                  # may a token that was revealed be hidden again?
+    temperature: tuple[float, float]  # of the sampled tokens, at the first step and at the last
+    noise: tuple[float, float]        # of the choice of places, at the first step and at the last; 0: confidence alone
+    noise_favours: str                # "keeping": Gumbel noise draws the places to keep, "hiding": those to hide
+    top_k: int                        # sample among this many likeliest tokens; 0: among all
+    floor: float                      # confidence is log max(p, floor)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of decoding, for looking at: what was hidden, what was put there, and how surely."""
+    is_masked: Tensor   # (B, N) bool, before the step
+    tokens: Tensor      # (B, N) after the step
+    confidence: Tensor  # (B, N) log p of each token when it was last sampled; 0 where it was given
+
+
+def image_recipe(cfg) -> Recipe:
+    """The released code's image settings, with the numbers of cfg."""
+    return Recipe(cfg.image_steps, "cosine", False, cfg.image_temperature, cfg.image_noise, "keeping",
+                  cfg.image_top_k, 2.0 ** -10)
+
+
+def text_recipe(cfg) -> Recipe:
+    """The released code's text settings, with the numbers of cfg: "draw" hides places drawn from softmax(-log p)."""
+    noise = 1.0 if cfg.text_choice == "draw" else 0.0
+    return Recipe(cfg.text_steps, "linear", True, (cfg.text_temperature,) * 2, (noise,) * 2, "hiding",
+                  cfg.text_top_k, torch.finfo(torch.float32).tiny)
+
+
+def decode(tokens_to_logits: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, is_hidden: Tensor, recipe: Recipe,
+           generator: torch.Generator) -> tuple[Tensor, list[Step]]:
+    """Fills the hidden places of a canvas in K steps; the others are never touched.
+
+    tokens (B, N) long, is_hidden (B, N) bool; tokens_to_logits(tokens, is_masked) -> (B, N, V). Returns the tokens
+    (B, N) and every step. All randomness is drawn from the generator beforehand, row after row, so the first row of a
+    batch is the single sample of the same seed.
+    Raises ValueError where an image has fewer hidden places than there are steps.
+    """
+    device, k_steps = tokens.device, recipe.steps
+    counts = decoding_counts(is_hidden.sum(1), k_steps, recipe.schedule, recipe.can_remask)          # (B, K)
+    temperature = torch.linspace(*recipe.temperature, k_steps, device=device)                        # (K,)
+    noise_scale = torch.linspace(*recipe.noise, k_steps, device=device)                              # (K,)
+    sign = {"keeping": 1, "hiding": -1}[recipe.noise_favours]
+    uniform = torch.rand(*tokens.shape[:1], k_steps, 2, tokens.shape[1], generator=generator).to(device)  # (B, K, 2, N)
+
+    is_masked, confidence, trace = is_hidden, torch.zeros(tokens.shape, device=device), []
+    for k in range(k_steps):
+        logits = tokens_to_logits(tokens, is_masked) / temperature[k]                                # (B, N, V)
+        sampled, p = sample(logits, uniform[:, k, 0], recipe.top_k)                                  # (B, N) each
+        tokens = torch.where(is_masked, sampled, tokens)
+        confidence = torch.where(is_masked, p.clamp(min=recipe.floor).log(), confidence)
+        trace.append(Step(is_masked, tokens, confidence))
+        if k + 1 < k_steps:
+            score = confidence + sign * noise_scale[k] * gumbel(uniform[:, k, 1])                    # (B, N)
+            is_masked = lowest(score, counts[:, k + 1], is_hidden if recipe.can_remask else is_masked)
+    return tokens, trace
+
+
+def sample(logits: Tensor, uniform: Tensor, top_k: int = 0) -> tuple[Tensor, Tensor]:
+    """One token per place and its probability, each (B, N), from logits (B, N, V) and uniform numbers (B, N).
+
+    The token is where the cumulative distribution passes the uniform number: one random number a place instead of V.
+    top_k > 0 samples among the top_k likeliest tokens only.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
+    p = logits.float().softmax(dim=-1)                                                               # (B, N, V)
+    cumulative = p.cumsum(dim=-1)
+    # Slightly below the total, so that rounding never steps past the last token that is possible at all.
+    target = uniform[..., None] * cumulative[..., -1:] * (1 - 1e-6)
+    token = torch.searchsorted(cumulative, target, right=True)                                       # (B, N, 1)
+    return token[..., 0], p.gather(-1, token)[..., 0]
+
+
+def draw_image(model, text_tokens: Tensor, text_lengths: Tensor, generator: torch.Generator,
+               recipe: Recipe | None = None) -> tuple[Tensor, list[Step]]:
+    """Image tokens (B, N) for captions text_tokens (B, T) of text_lengths (B,), and every decoding step."""
+    cfg, batch, device = model.cfg, len(text_tokens), text_tokens.device
+    nothing = torch.zeros_like(text_tokens, dtype=torch.bool)
+
+    def tokens_to_logits(image_tokens: Tensor, is_masked: Tensor) -> Tensor:
+        seq = sequence.build("t2i", cfg, image_tokens, is_masked, text_tokens, nothing, text_lengths)
+        return model.image_logits(model(seq), seq.layout)
+
+    canvas = torch.zeros(batch, cfg.image_tokens, dtype=torch.long, device=device)
+    all_hidden = torch.ones_like(canvas, dtype=torch.bool)
+    return decode(tokens_to_logits, canvas, all_hidden, recipe or image_recipe(cfg), generator)
+
+
+def write_text(model, image_tokens: Tensor, generator: torch.Generator, text_lengths: Tensor | None = None,
+               recipe: Recipe | None = None) -> tuple[Tensor, Tensor, list[Step]]:
+    """Captions (B, T) of image_tokens (B, N), their lengths (B,), predicted if not given, and every decoding step."""
+    cfg, device = model.cfg, image_tokens.device
+    nothing = torch.zeros_like(image_tokens, dtype=torch.bool)
+    canvas = torch.zeros(len(image_tokens), cfg.text_length, dtype=torch.long, device=device)
+    if text_lengths is None:
+        text_lengths = predict_length(model, image_tokens)
+
+    def tokens_to_logits(text_tokens: Tensor, is_masked: Tensor) -> Tensor:
+        seq = sequence.build("i2t", cfg, image_tokens, nothing, text_tokens, is_masked, text_lengths)
+        return model.text_logits(model(seq), seq.layout)
+
+    is_hidden = sequence.real_places(text_lengths, cfg.text_length)
+    tokens, trace = decode(tokens_to_logits, canvas, is_hidden, recipe or text_recipe(cfg), generator)
+    return tokens, text_lengths, trace
+
+
+def predict_length(model, image_tokens: Tensor) -> Tensor:
+    """The likeliest length (B,) in 1..T, end token included, of a caption for image_tokens (B, N).
+
+    It is read once, from a pass in which `length_places` text places are visible, all masked. How many they are
+    matters a little: BOT does not see them, but the image places it looks at do.
+    """
+    cfg, device = model.cfg, image_tokens.device
+    places = torch.full((len(image_tokens),), cfg.length_places, device=device)
+    is_masked = sequence.real_places(places, cfg.text_length)
+    seq = sequence.build("i2t", cfg, image_tokens, torch.zeros_like(image_tokens, dtype=torch.bool),
+                         torch.zeros_like(is_masked, dtype=torch.long), is_masked, places)
+    return model.length_logits(model(seq), seq.layout).argmax(dim=-1) + 1

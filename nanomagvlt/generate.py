@@ -1,0 +1,118 @@
+"""Appendix - Strings and pictures in, pictures and strings out: bpe + decode + vqgan, in batches.
+
+Also the contact sheets on which pictures and captions are looked at. Shapes: B batch, S image side, N image tokens.
+"""
+import dataclasses
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from nanomagvlt import checkpoint, decode
+from nanomagvlt.bpe import BPE
+from nanomagvlt.config import Config
+from nanomagvlt.data import encode_captions, to_images, to_pixels
+from nanomagvlt.model import MAGVLT
+from nanomagvlt.vqgan import VQGAN
+
+
+@dataclass
+class Generator:
+    """A trained MAGVLT with its two tokenizers. Everything it makes follows from the torch.Generator it is given."""
+    model: MAGVLT
+    vqgan: VQGAN
+    bpe: BPE
+    cfg: Config          # its decoding settings are what counts here
+    batch_size: int = 128
+
+    def with_settings(self, **settings) -> "Generator":
+        """The same weights with other decoding settings, fields of Config: image_steps=4, say. Raises ValueError."""
+        return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, **settings).check())
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.output_bias.device
+
+    @torch.inference_mode()
+    def draw(self, prompts: list[str], generator: torch.Generator) -> np.ndarray:
+        """One picture for each prompt: uint8 (B, S, S, 3)."""
+        pictures = []
+        for i in range(0, len(prompts), self.batch_size):
+            tokens, lengths = encode_captions(self.bpe, prompts[i:i + self.batch_size], self.cfg.text_length)
+            image_tokens, _ = decode.draw_image(self.model, tokens.to(self.device), lengths.to(self.device), generator,
+                                                decode.image_recipe(self.cfg))
+            pictures.append(to_images(self.vqgan.decode(image_tokens)))
+        return np.concatenate(pictures)
+
+    @torch.inference_mode()
+    def caption(self, images: np.ndarray, generator: torch.Generator) -> tuple[list[str], list[int]]:
+        """A caption for each image, uint8 (B, S, S, 3), and its predicted length in tokens, end token included."""
+        return self.caption_tokens(self.image_to_tokens(images), generator)
+
+    @torch.inference_mode()
+    def caption_tokens(self, image_tokens: torch.Tensor, generator: torch.Generator) -> tuple[list[str], list[int]]:
+        """As caption(), for image tokens (B, N)."""
+        captions, lengths = [], []
+        for tokens in image_tokens.split(self.batch_size):
+            text_tokens, text_lengths, _ = decode.write_text(self.model, tokens.to(self.device), generator,
+                                                                 recipe=decode.text_recipe(self.cfg))
+            lengths += text_lengths.tolist()
+            captions += [self.read_tokens(row[:n]) for row, n in zip(text_tokens.tolist(), text_lengths.tolist())]
+        return captions, lengths
+
+    def read_tokens(self, ids: list[int]) -> str:
+        """The words of text tokens up to the first end token."""
+        return self.bpe.decode(ids[:ids.index(self.bpe.end)] if self.bpe.end in ids else ids)
+
+    def caption_lengths(self, captions: list[str]) -> list[int]:
+        """How many text tokens each caption has, its end token included."""
+        return encode_captions(self.bpe, captions, self.cfg.text_length)[1].tolist()
+
+    @torch.inference_mode()
+    def image_to_tokens(self, images: np.ndarray) -> torch.Tensor:
+        """uint8 (B, S, S, 3) -> image tokens (B, N)."""
+        return torch.cat([self.vqgan.encode(to_pixels(images[i:i + self.batch_size]).to(self.device))
+                          for i in range(0, len(images), self.batch_size)])
+
+    @torch.inference_mode()
+    def tokens_to_image(self, image_tokens: torch.Tensor) -> np.ndarray:
+        """Image tokens (B, N) -> uint8 (B, S, S, 3)."""
+        return np.concatenate([to_images(self.vqgan.decode(tokens.to(self.device)))
+                               for tokens in image_tokens.split(self.batch_size)])
+
+
+def load_generator(path: str | Path, device: str = "auto") -> Generator:
+    """A trained checkpoint, ready to draw and caption. Raises ValueError with one line where it cannot be used."""
+    model, vqgan, bpe = checkpoint.load_magvlt(path)
+    device = pick_device(device)
+    return Generator(model.to(device), vqgan.to(device), bpe, model.cfg)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA, then MPS, then the CPU. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def contact_sheet(images: np.ndarray, labels: list[str], columns: int = 4, side: int = 160) -> Image.Image:
+    """A white sheet of pictures, uint8 (B, S, S, 3), each enlarged to at least `side` pixels, its label beneath."""
+    scale = max(1, round(side / images.shape[1]))
+    side, margin, font = images.shape[1] * scale, 8, ImageFont.load_default(12)
+    lines = [textwrap.wrap(label, max(8, side // 7)) for label in labels]
+    label_height = 15 * max((len(text) for text in lines), default=0)
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + margin) + margin, rows * (side + label_height + margin) + margin), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = margin + i % columns * (side + margin), margin + i // columns * (side + label_height + margin)
+        sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        pen.rectangle((x - 1, y - 1, x + side, y + side), outline="lightgray")
+        pen.multiline_text((x, y + side + 2), "\n".join(lines[i]), "black", font, spacing=2)
+    return sheet

@@ -1,0 +1,87 @@
+"""Chapter 1 - What is hidden, and when.
+
+MAGVLT learns and draws by one act: some tokens are hidden, the model guesses them. This file holds the three
+questions that training and decoding share (sections 3.1 and 3.2 of the paper):
+
+  how large a share is hidden?   gamma(u): the share STILL MASKED at progress u in [0, 1]. It falls from 1 to 0.
+                                 Training draws u at random; decoding walks u = 0, 1/K, 2/K, ...
+  how many places is that?       num_masked() in training, decoding_counts() in decoding
+  which places?                  lowest(): those with the lowest score. In training the score is a random number,
+                                 in decoding it is the model's confidence, with some Gumbel noise.
+
+`is_masked` is True where a token is hidden from the model and is to be predicted: here and everywhere.
+Shapes: B batch, N places of one modality, K decoding steps. `python -m nanomagvlt.masking` prints the schedules.
+Read on in sequence.py.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+SLACK = 1e-9  # keeps rounding errors of gamma * N from adding or losing a place where the product is a whole number
+
+
+def gamma(u: Tensor, schedule: str) -> Tensor:
+    """The share still masked at progress u in [0, 1]: exactly 1 at u = 0, exactly 0 at u = 1, falling between.
+
+    "cosine" for images: cos(pi u / 2), written as a sine so that the ends are exact; "linear" for text: 1 - u.
+    """
+    if schedule == "cosine":
+        return torch.sin((1 - u) * (math.pi / 2))
+    if schedule == "linear":
+        return 1 - u
+    raise ValueError(f"no schedule {schedule!r}; there are: cosine, linear")
+
+
+def num_masked(share: Tensor, num_places: Tensor | int) -> Tensor:
+    """ceil(share x N) places, at least 1 and at most N (section 3.1). share in [0, 1]: (B,) -> (B,) long."""
+    return (share.double() * num_places - SLACK).ceil().clamp(min=1).long().clamp(max=num_places)
+
+
+def decoding_counts(num_hidden: Tensor, steps: int, schedule: str, can_remask: bool) -> Tensor:
+    """How many places are masked before each of the K decoding steps, of num_hidden (B,) to fill: (B, K) long.
+
+    Images keep what they have drawn: ceil(gamma(k/K) N), and each step keeps at least one place more.
+    Text may be masked again (can_remask): floor(gamma(k/K) N), at least 1 (the paper writes ceil, the authors'
+    code has floor).
+    Raises ValueError where there are more steps than places to reveal one by one.
+    """
+    share = gamma(torch.arange(steps, dtype=torch.float64) / steps, schedule).to(num_hidden.device)  # (K,)
+    places = share * num_hidden[:, None]                                                             # (B, K)
+    if can_remask:
+        return (places + SLACK).floor().clamp(min=1).long()
+    if steps > num_hidden.min():
+        raise ValueError(f"{steps} decoding steps, but only {num_hidden.min()} tokens to reveal: take fewer steps")
+    k = torch.arange(steps, device=num_hidden.device)
+    counts = (places - SLACK).ceil().long()                                                          # (B, K)
+    falling = (counts + k).cummin(dim=1).values - k     # below the step before by at least one, ...
+    return falling.maximum(steps - k)                   # ... and never so low that a later step has none to reveal
+
+
+def lowest(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:
+    """True at the `count` (B,) lowest scores of each row, only among the places that may be chosen.
+
+    scores (B, N) float, among (B, N) bool with at least `count` True in each row -> (B, N) bool.
+    The rank of every place is the argsort of the argsort: no loop, no data-dependent shape.
+    """
+    rank = scores.masked_fill(~among, float("inf")).argsort(dim=1, stable=True).argsort(dim=1)       # (B, N)
+    return (rank < count[:, None]) & among
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel noise from uniform numbers in [0, 1): the same shape.
+
+    Adding it to log p and taking the n highest draws n places without replacement, each with probability ~ p.
+    """
+    tiny = torch.finfo(uniform.dtype).tiny
+    return -torch.log((-torch.log(uniform.clamp(min=tiny))).clamp(min=tiny))
+
+
+if __name__ == "__main__":
+    for name, n, steps, can_remask in (("image", 256, 10, False), ("image", 16, 10, False), ("text", 16, 12, True)):
+        schedule = "linear" if can_remask else "cosine"
+        counts = decoding_counts(torch.tensor([n]), steps, schedule, can_remask)[0].tolist()
+        print(f"\n{n} {name} tokens in {steps} steps, gamma {schedule}: masked before each step")
+        for k, count in enumerate(counts):
+            print(f"  k = {k:2}  gamma = {gamma(torch.tensor(k / steps), schedule):.3f}  {count:3}  "
+                  + "#" * round(60 * count / n))

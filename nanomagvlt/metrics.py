@@ -1,0 +1,116 @@
+"""Appendix - Measuring. So far: the small world, where every answer is exactly right or wrong.
+
+No network is touched here, only what it makes: evaluate_scenes() is handed something that draws and captions.
+"""
+import math
+import random
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from nanomagvlt import shapes
+from nanomagvlt.data import keyed_generator, keyed_seed
+
+
+@dataclass
+class Share:
+    """A share with its 95% interval over scenes."""
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a share seen in n independent trials (Wilson 1927); it is never empty, not even at 0 or 1."""
+    z2 = 1.96 ** 2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = 1.96 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def share_over_scenes(values: list[float], per_scene: int) -> Share:
+    """The mean of values in [0, 1], `per_scene` of each scene in a row. Scenes, not values, count as independent."""
+    by_scene = np.asarray(values, dtype=float).reshape(-1, per_scene).mean(1)
+    return Share(float(by_scene.mean()), *wilson(float(by_scene.mean()), len(by_scene)))
+
+
+def unseen_scenes(level: shapes.Level, most: int, seed: int = 0) -> list[shapes.Scene]:
+    """Scenes of the test split, each once: all of them, or `most` drawn at random where there are more."""
+    rng, scenes = random.Random(keyed_seed(seed, "unseen scenes")), {}
+    for _ in range(200 * most):  # far more draws than scenes are wanted: small worlds are found whole
+        scenes.setdefault(shapes.random_scene(level, rng, "test"))
+        if len(scenes) == most:
+            break
+    return list(scenes)
+
+
+def evaluate_scenes(generator, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0) -> dict:
+    """Draws and captions unseen scenes and judges the results; {name: Share} and, beside them, plain numbers.
+
+    generator offers draw(prompts, torch.Generator), caption(images, torch.Generator), image_to_tokens and
+    tokens_to_image. Each scene is asked for in `phrasings` ways, and as many times drawn by shapes.py and captioned.
+    "ignoring" judges the same results against the next scene's prompt or picture: what a generator would reach that
+    draws and writes as well, but ignores what it was given.
+    """
+    scenes = unseen_scenes(level, num_scenes)
+    rng = random.Random(keyed_seed(seed, "phrasings"))
+    asked = [scene for scene in scenes for _ in range(phrasings)]
+    prompts = [shapes.describe(scene, level, rng) for scene in asked]
+    truth = np.stack([shapes.draw_scene(scene, level, rng) for scene in asked])                   # (M, S, S, 3)
+
+    chance = keyed_generator(seed, "decoding")
+    seen = shapes.read_images(generator.draw(prompts, chance), level)
+    repainted = shapes.read_images(generator.tokens_to_image(generator.image_to_tokens(truth)), level)
+    captions, lengths = generator.caption(truth, chance)
+    true_lengths = generator.caption_lengths(prompts)
+
+    claims, written = [shapes.parse(prompt) for prompt in prompts], [shapes.parse(caption) for caption in captions]
+    drawn = [shapes.judge(c, reading.scene) for c, reading in zip(claims, seen)]
+    told = [shapes.judge(c, scene) for c, scene in zip(written, asked)]
+    others = asked[phrasings:] + asked[:phrasings]                                                # the next scene's
+    other_claims = claims[phrasings:] + claims[:phrasings]
+    drawn_blind = [shapes.judge(c, reading.scene) for c, reading in zip(other_claims, seen)]
+    told_blind = [shapes.judge(c, scene) for c, scene in zip(written, others)]
+    clean = [reading.is_clean for reading in seen]
+
+    def share(values) -> Share:
+        return share_over_scenes(list(values), phrasings)
+
+    return {
+        "scenes": len(scenes), "phrasings": phrasings,
+        "t2i_exact": share(v.exact and ok for v, ok in zip(drawn, clean)),
+        "t2i_facts": share(v.right / v.total for v in drawn),
+        "i2t_exact": share(v.exact for v in told),
+        "i2t_facts": share(v.right / v.total for v in told),
+        "t2i_exact_ignoring": share(v.exact and ok for v, ok in zip(drawn_blind, clean)),
+        "t2i_facts_ignoring": share(v.right / v.total for v in drawn_blind),
+        "i2t_exact_ignoring": share(v.exact for v in told_blind),
+        "i2t_facts_ignoring": share(v.right / v.total for v in told_blind),
+        "reconstruction": share(r.is_clean and r.scene == scene for r, scene in zip(repainted, asked)),
+        "length": share(a == b for a, b in zip(lengths, true_lengths)),
+        "length_constant": Counter(true_lengths).most_common(1)[0][1] / len(true_lengths),
+    }
+
+
+def scene_table(results: dict) -> str:
+    """The results of evaluate_scenes as a text table."""
+    r = results
+    return "\n".join([
+        f"{r['scenes']} unseen scenes, {r['phrasings']} phrasings each; 95% intervals over scenes",
+        f"{'':26}{'exact':24}{'single facts':24}",
+        f"{'draw a prompt (T2I)':26}{str(r['t2i_exact']):24}{r['t2i_facts']}",
+        f"{'  ignoring the prompt':26}{str(r['t2i_exact_ignoring']):24}{r['t2i_facts_ignoring']}",
+        f"{'caption an image (I2T)':26}{str(r['i2t_exact']):24}{r['i2t_facts']}",
+        f"{'  ignoring the image':26}{str(r['i2t_exact_ignoring']):24}{r['i2t_facts_ignoring']}",
+        f"{'image -> tokens -> image':26}{str(r['reconstruction']):24}(the ceiling of T2I)",
+        f"{'caption length':26}{str(r['length']):24}(the commonest length, always: {r['length_constant']:.3f})",
+    ])
+
+
+def as_json(results: dict) -> dict:
+    """The same in plain values."""
+    return {name: asdict(value) if isinstance(value, Share) else value for name, value in results.items()}

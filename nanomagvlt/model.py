@@ -1,0 +1,107 @@
+"""Chapter 3 - The transformer: hidden tokens in, a guess for every one of them out.
+
+A plain pre-LayerNorm transformer that looks both ways (section 3.1; sizes in table 8). What is particular to MAGVLT:
+one token table for both modalities, tied to the output layer; images scored over image ids only, texts over text ids
+only; and a linear layer on BOT's last state that guesses how long the caption is (section 3.2).
+
+Shapes: B batch, L sequence, D width, H heads, N image places, T text places, V vocabulary.
+Read on in objectives.py, which trains it, and decode.py, which draws with it.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanomagvlt.config import Config
+from nanomagvlt.sequence import SPECIAL_TOKENS, Layout, Sequence
+
+
+class Attention(nn.Module):
+    """Multi-head attention over everything that is real (softmax(Q K^T / sqrt(head size)) V)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.heads, self.dropout = cfg.heads, cfg.dropout
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
+        self.proj = nn.Linear(cfg.width, cfg.width)
+
+    def forward(self, x: Tensor, is_valid: Tensor, where: Layout) -> Tensor:
+        """x (B, L, D), is_valid (B, L) bool -> (B, L, D)."""
+        b, l, d = x.shape
+        q, k, v = self.qkv(x).view(b, l, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, L, D/H) each
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=is_valid[:, None, None, :], dropout_p=dropout)
+        if not where.bot_sees_all:
+            # One row of L sees less than the others. A (B, L, L) mask for its sake would cost L times the memory,
+            # so BOT's row is computed again over what stands up to BOT, where there is no padding, and put in place.
+            seen = slice(0, where.bot + 1)
+            bot = F.scaled_dot_product_attention(q[:, :, where.bot:where.bot + 1], k[:, :, seen], v[:, :, seen],
+                                                 dropout_p=dropout)                              # (B, H, 1, D/H)
+            y = torch.cat([y[:, :, :where.bot], bot, y[:, :, where.bot + 1:]], dim=2)
+        return self.proj(y.transpose(1, 2).reshape(b, l, d))                                     # (B, L, D)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(cfg.width)
+        self.attention = Attention(cfg)
+        self.norm2 = nn.LayerNorm(cfg.width)
+        self.mlp = nn.Sequential(nn.Linear(cfg.width, 4 * cfg.width), nn.GELU(), nn.Linear(4 * cfg.width, cfg.width))
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor, is_valid: Tensor, where: Layout) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), is_valid, where))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class MAGVLT(nn.Module):
+    """The whole model. Call it on a Sequence for its last states, then ask for the logits of a modality."""
+
+    def __init__(self, cfg: Config):
+        """cfg.text_vocab must be the size of the text vocabulary. Weights start as section A's: see init_std."""
+        super().__init__()
+        n, t = cfg.image_tokens, cfg.text_length
+        self.cfg = cfg
+        self.tokens = nn.Embedding(cfg.codebook_size + cfg.text_vocab + len(SPECIAL_TOKENS), cfg.width)
+        self.places = nn.Embedding(n + t + (n + t + 4), cfg.width)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
+        self.head = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.GELU(), nn.LayerNorm(cfg.width))
+        self.output_bias = nn.Parameter(torch.zeros(cfg.codebook_size + cfg.text_vocab))
+        self.length = nn.Linear(cfg.width, t, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=cfg.init_std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, seq: Sequence) -> Tensor:
+        """The states after the last block: (B, L, D). There is no LayerNorm after it."""
+        x = self.tokens(seq.token_ids) + self.places(seq.place_ids)                                # (B, L, D)
+        x = x + seq.is_masked[..., None] * self.places(seq.masked_ids)                             # (B, L, D)
+        for block in self.blocks:
+            x = block(x, seq.is_valid, seq.layout)
+        return x
+
+    def image_logits(self, states: Tensor, where: Layout) -> Tensor:
+        """What may stand at each image place, by last states (B, L, D): (B, N, V_I)."""
+        return self._logits(states[:, where.image], slice(0, self.cfg.codebook_size))
+
+    def text_logits(self, states: Tensor, where: Layout) -> Tensor:
+        """What may stand at each text place, by last states (B, L, D): (B, T, V_T)."""
+        return self._logits(states[:, where.text], slice(self.cfg.codebook_size, len(self.output_bias)))
+
+    def length_logits(self, states: Tensor, where: Layout) -> Tensor:
+        """How long the caption is, by BOT's last state: (B, T); class i stands for length i + 1."""
+        return self.length(states[:, where.bot])
+
+    def _logits(self, states: Tensor, vocabulary: slice) -> Tensor:
+        # Each modality is scored at its own places over its own part of the tied table: a head over all L places and
+        # the whole vocabulary would cost a fifth of the forward pass and be thrown away.
+        return F.linear(self.head(states), self.tokens.weight[vocabulary], self.output_bias[vocabulary])
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Trained numbers in a module, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,53 @@
+"""What several tests need: a model small enough to run in milliseconds, and the shared real data, if it is there."""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanomagvlt.config import Config
+from nanomagvlt.model import MAGVLT
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real data that lies beside the project on the build machines."""
+    if not SHARED.is_dir():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{SHARED} is absent, and CI must not skip what it holds")
+        pytest.skip(f"{SHARED} is absent")
+    return SHARED
+
+
+@pytest.fixture
+def cfg() -> Config:
+    """N = 4 image tokens, T = 6 text places, D = 16."""
+    return Config(image_size=16, text_length=6, length_places=4, codebook_size=12, codebook_dim=4, text_vocab=20,
+                  vq_channels=8, vq_multipliers=(1, 1, 2, 2), vq_latent=8, vq_groups=4, layers=2, width=16, heads=2,
+                  init_std=0.3, image_steps=4).check()
+
+
+@pytest.fixture
+def model(cfg) -> MAGVLT:
+    torch.manual_seed(0)
+    return MAGVLT(cfg).eval()
+
+
+@pytest.fixture
+def batch(cfg) -> dict[str, torch.Tensor]:
+    """Five random pairs, their captions of different lengths."""
+    g = torch.Generator().manual_seed(1)
+    return {"image_tokens": torch.randint(cfg.codebook_size, (5, cfg.image_tokens), generator=g),
+            "text_tokens": torch.randint(cfg.text_vocab, (5, cfg.text_length), generator=g),
+            "text_lengths": torch.tensor([1, 2, 3, 5, 6])}
+
+
+@pytest.fixture
+def draw(batch):
+    """The `draw` of objectives.py: the same numbers for the same purpose."""
+    def uniform(purpose: str, *shape: int) -> torch.Tensor:
+        seed = int.from_bytes(purpose.encode()[:7], "little")
+        return torch.rand(len(batch["text_lengths"]), *shape, generator=torch.Generator().manual_seed(seed))
+    return uniform

@@ -1,0 +1,84 @@
+import math
+
+import pytest
+import torch
+
+from nanomagvlt.masking import decoding_counts, gamma, gumbel, lowest, num_masked
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gamma_falls_from_exactly_one_to_exactly_zero(schedule, dtype):
+    share = gamma(torch.linspace(0, 1, 1001, dtype=dtype), schedule)
+    assert share[0] == 1 and share[-1] == 0
+    assert (share.diff() < 0).all()
+
+
+def test_gamma_is_the_papers():
+    u = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(gamma(u, "cosine"), torch.cos(u * math.pi / 2), atol=1e-15)
+    assert torch.equal(gamma(u, "linear"), 1 - u)
+    with pytest.raises(ValueError, match="square"):
+        gamma(u, "square")
+
+
+def test_num_masked_is_the_ceiling_between_one_and_all():
+    for n in (1, 2, 16, 64, 256):
+        for i in range(n + 1):
+            for delta in (-0.3, 0.0, 0.3):
+                share = min(1.0, max(0.0, (i + delta) / n))
+                expected = min(n, max(1, i + (delta > 0)))  # ceil(i - 0.3) = ceil(i) = i, ceil(i + 0.3) = i + 1
+                assert num_masked(torch.tensor([share], dtype=torch.float64), n).item() == expected
+
+
+def kept(counts):
+    counts = counts[0].tolist() + [0]
+    return [a - b for a, b in zip(counts, counts[1:])]
+
+
+def test_decoding_counts_are_those_of_the_released_code():
+    assert kept(decoding_counts(torch.tensor([256]), 10, "cosine", False)) == [3, 9, 15, 21, 26, 31, 34, 37, 39, 41]
+    assert kept(decoding_counts(torch.tensor([64]), 10, "cosine", False)) == [1, 2, 3, 6, 6, 8, 8, 10, 9, 11]
+    text = decoding_counts(torch.tensor([16]), 12, "linear", True)[0].tolist()
+    assert text == [16, 14, 13, 12, 10, 9, 8, 6, 5, 4, 2, 1]
+    for length in range(1, 65):  # in whole numbers: floor(L (K - k) / K), at least 1
+        assert (decoding_counts(torch.tensor([length]), 12, "linear", True)[0].tolist()
+                == [max(1, length * (12 - k) // 12) for k in range(12)])
+
+
+def test_every_step_reveals_at_least_one_image_token():
+    n = torch.arange(1, 65)
+    for schedule in ("cosine", "linear"):
+        for steps in range(1, 65):
+            enough = n[n >= steps]
+            counts = decoding_counts(enough, steps, schedule, False)
+            assert (counts[:, 0] == enough).all() and (counts[:, -1] >= 1).all() and (counts.diff(dim=1) < 0).all()
+    with pytest.raises(ValueError, match="17 decoding steps, but only 16"):
+        decoding_counts(torch.tensor([64, 16]), 17, "cosine", False)
+
+
+def test_lowest_takes_exactly_that_many_and_only_where_it_may():
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randn(500, 20, generator=g)
+    among = torch.rand(500, 20, generator=g) < 0.7
+    count = (torch.rand(500, generator=g) * (among.sum(1) + 1)).long()
+    chosen = lowest(scores, count, among)
+    assert torch.equal(chosen.sum(1), count) and not (chosen & ~among).any()
+    for row in range(500):  # by sorting, one row at a time
+        best = sorted(scores[row][among[row]].tolist())[:count[row]]
+        assert sorted(scores[row][chosen[row]].tolist()) == best
+
+
+def test_lowest_of_uniform_scores_is_a_uniform_choice():
+    scores = torch.rand(30_000, 4, generator=torch.Generator().manual_seed(0))
+    chosen = lowest(scores, torch.full((30_000,), 2), torch.ones_like(scores, dtype=torch.bool))
+    pairs = (chosen * torch.tensor([1, 2, 4, 8])).sum(1).bincount(minlength=16)
+    assert (pairs > 0).sum() == 6 and (pairs[pairs > 0] - 5000).abs().max() < 300  # 4.6 sigma
+
+
+def test_gumbel_top_draws_in_proportion():
+    p = torch.tensor([0.5, 0.3, 0.2])
+    uniform = torch.rand(40_000, 3, generator=torch.Generator().manual_seed(0))
+    first = (p.log() + gumbel(uniform)).argmax(1).bincount(minlength=3) / 40_000
+    assert torch.allclose(first, p, atol=0.01)
+    assert gumbel(torch.tensor([0.0, 1.0 - 2 ** -24])).isfinite().all()

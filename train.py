@@ -1,0 +1,380 @@
+"""Trains a MAGVLT: python train.py --preset tiny
+
+Every stage that is missing is done, every stage that is there is reused, and each says which:
+  vqgan    the image tokenizer                       -> runs/NAME/vqgan.pt
+  cache    the pairs as tokens                       -> runs/NAME/cache/
+  bpe      the captions' byte-pair merges            -> runs/NAME/bpe.txt
+  model    the transformer                           -> runs/NAME/last.pt, best.pt, log.jsonl, samples/
+Ctrl-C (or SIGTERM) saves and stops; the same command goes on from there, bit for bit as if it had not stopped.
+"""
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+from collections import Counter, defaultdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from nanomagvlt import checkpoint, metrics, shapes
+from nanomagvlt.bpe import BPE
+from nanomagvlt.config import MAY_CHANGE, Config, Parser, add_config_flags, config_from_args
+from nanomagvlt.data import (DataError, TokenCache, keyed_generator, keyed_seed, left_out, make_batch, read_pairs, rows_of_step,
+                             to_images, to_pixels, write_cache, write_json)
+from nanomagvlt.generate import Generator, contact_sheet, pick_device
+from nanomagvlt.model import MAGVLT, num_parameters
+from nanomagvlt.objectives import loss_terms, total_loss
+from nanomagvlt.sequence import TASKS
+from nanomagvlt.vqgan import VQGAN, Codebook, codebook_use
+
+STAGES = ("vqgan", "cache", "bpe", "model")
+EXAMPLES = """examples:
+  python train.py --preset tiny                                    the small world, about 20 minutes on a laptop CPU
+  python train.py --preset tiny --name wide --width 192            another run beside it
+  python train.py --data 'shards/*.tar' --val-data 'val/*.tar'     your own pairs, as img2dataset writes them
+"""
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM came, and all there is has been saved."""
+
+
+class Interrupt:
+    """Turns the first Ctrl-C or SIGTERM into a flag to be looked at after each update; a second one ends at once."""
+
+    def __init__(self):
+        self.came = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        if self.came:
+            sys.exit(128 + number)
+        self.came = True
+        tqdm.write("stopping after this update, and saving ...")
+
+
+def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
+    """Linear from 0 over the warm-up, then half a cosine down to 0 at the end."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def optimizer_for(model: torch.nn.Module, cfg: Config, lr: float) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices and convolutions only, not on biases, norms, embeddings or positions."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
+    rest = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": cfg.weight_decay},
+                              {"params": rest, "weight_decay": 0.0}], lr=lr, betas=cfg.betas, fused=True)
+
+
+class Log:
+    """One JSON line a record, appended; going on from an earlier step drops the lines after it."""
+
+    def __init__(self, path: Path, step: int):
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, **record) -> None:
+        self.file.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------- stages
+
+def pairs_of(cfg: Config, split: str, counts: Counter):
+    """The pairs to train or to validate on."""
+    source = cfg.data if split == "train" or cfg.data.startswith("shapes:") and not cfg.val_data else cfg.val_data
+    return read_pairs(source, cfg.image_size, counts, cfg.pairs if split == "train" else 1000, split, cfg.seed)
+
+
+def train_vqgan(cfg: Config, run: Path, device: torch.device, stop: Interrupt) -> VQGAN:
+    """The image tokenizer: given, found, or trained on the images of the training pairs (chapter 6)."""
+    path = Path(cfg.vqgan) if cfg.vqgan else run / "vqgan.pt"
+    torch.manual_seed(keyed_seed(cfg.seed, "vqgan weights"))
+    model, start = VQGAN(cfg).to(device), 0
+    codebook, optimizer = Codebook(model.quantize.embedding, cfg.vq_decay), optimizer_for(model, cfg, cfg.vq_lr)
+    if cfg.vqgan or path.exists():
+        state = checkpoint.load(path, "vqgan")
+        if cfg.vqgan or state["step"] >= cfg.vq_steps:
+            print(f"vqgan: reusing {path}")
+            return checkpoint.load_vqgan(path).to(device)
+        start = state["step"]
+        model.load_state_dict(state["vqgan"])
+        optimizer.load_state_dict(state["optimizer"])
+        codebook.load_state_dict(state["codebook"])
+
+    images = np.stack([pair.image for pair in islice(pairs_of(cfg, "train", Counter()), cfg.vq_images)])  # (n, S, S, 3)
+    print(f"vqgan: {num_parameters(model):,} parameters on {len(images):,} images of {cfg.image_size}x{cfg.image_size}"
+          + (f", going on at step {start}" if start else ""))
+    log, bar = Log(run / "vqgan_log.jsonl", start), tqdm(total=cfg.vq_steps, initial=start, desc="vqgan", unit="step")
+
+    def save(step):
+        checkpoint.save(path, "vqgan", cfg, step=step, vqgan=model.state_dict(), optimizer=optimizer.state_dict(),
+                        codebook=codebook.state_dict())
+
+    for step in range(start, cfg.vq_steps):
+        if step == 0:  # the codebook starts where the untrained encoder's features are
+            first = to_pixels(images[rows_of_step(0, min(512, len(images)), len(images), cfg.seed)]).to(device)
+            with torch.no_grad():
+                codebook.start(model.features(first).permute(0, 2, 3, 1).flatten(0, 2),
+                               keyed_generator(cfg.seed, "codebook start"))
+        pixels = to_pixels(images[rows_of_step(step, cfg.vq_batch, len(images), cfg.seed)]).to(device)  # (B, 3, S, S)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg.vq_lr, 50, cfg.vq_steps)
+        reconstruction, commitment, z, codes = model(pixels)
+        l1 = (reconstruction - pixels).abs().mean()
+        optimizer.zero_grad()
+        (l1 + cfg.vq_commitment * commitment).backward()
+        optimizer.step()
+        codebook.update(z.detach().permute(0, 2, 3, 1).flatten(0, 2), codes.flatten(),
+                        keyed_generator(cfg.seed, "codebook", step))
+        bar.update()
+        if (step + 1) % cfg.log_every == 0:
+            share, perplexity = codebook_use(codes, cfg.codebook_size)
+            log.write(step=step + 1, l1=l1.item(), commitment=commitment.item(), used=share, perplexity=perplexity)
+            bar.set_postfix_str(f"l1 {l1.item():.4f}, {round(share * cfg.codebook_size)} codes, perplexity {perplexity:.1f}")
+        if stop.came:
+            save(step + 1)
+            raise Stopped(f"{path} at step {step + 1}")
+    bar.close()
+    save(cfg.vq_steps)
+    report_vqgan(model.eval(), cfg, images)
+    return model
+
+
+@torch.inference_mode()
+def report_vqgan(vqgan: VQGAN, cfg: Config, images: np.ndarray) -> None:
+    """How well up to 500 training images survive being turned into tokens and back."""
+    pixels = to_pixels(images[:500]).to(vqgan.quantize.embedding.weight.device)
+    codes = torch.cat([vqgan.encode(part) for part in pixels.split(100)])
+    painted = torch.cat([vqgan.decode(part) for part in codes.split(100)])
+    share, perplexity = codebook_use(codes, cfg.codebook_size)
+    psnr = 10 * math.log10(4 / (painted.clamp(-1, 1) - pixels).square().mean().item())
+    line = f"vqgan: PSNR {psnr:.1f} dB, {round(share * cfg.codebook_size)} of {cfg.codebook_size} codes used, perplexity {perplexity:.1f}"
+    if cfg.data.startswith("shapes:"):
+        level = shapes.get_level(cfg.data.removeprefix("shapes:"))
+        seen, truth = shapes.read_images(to_images(painted), level), shapes.read_images(images[:500], level)
+        right = sum(s.is_clean and s.scene == t.scene for s, t in zip(seen, truth))
+        line += f", {right / len(truth):.1%} of reconstructions judged right"
+    print(line)
+
+
+def make_caches(cfg: Config, run: Path, vqgan: VQGAN) -> dict[str, TokenCache]:
+    """The token caches of the training and, if there are any, the validation pairs."""
+    caches, digest = {}, checkpoint.digest(vqgan)
+    for split in ("train", "val"):
+        folder = Path(cfg.cache or run / "cache") / split
+        if (folder / "meta.json").exists():
+            caches[split] = TokenCache(folder)
+            print(f"cache: reusing {folder}, {len(caches[split]):,} pairs")
+        elif cfg.cache and split == "train":
+            raise DataError(f"{folder}: no token cache there; make it with data/prepare.py")
+        elif split == "train" or cfg.val_data or cfg.data.startswith("shapes:"):
+            counts = Counter()
+            pairs = tqdm(pairs_of(cfg, split, counts), desc=f"cache {split}", unit="pair")
+            caches[split] = write_cache(folder, pairs, vqgan, {"vqgan": digest, "source": cfg.data})
+            print(f"cache: {counts['good']:,} pairs -> {folder}{left_out(counts)}")
+        if split in caches and caches[split].meta["vqgan"] != digest:
+            raise DataError(f"{folder} was made with another VQ-GAN: name the right one with --vqgan, or delete the folder")
+    return caches
+
+
+def train_bpe(cfg: Config, run: Path, cache: TokenCache) -> BPE:
+    """The merges: given, found, or trained on the captions (chapter 8)."""
+    path = Path(cfg.bpe) if cfg.bpe else run / "bpe.txt"
+    if cfg.bpe or path.exists():
+        print(f"bpe: reusing {path}")
+        return BPE.load(path)
+    bpe = BPE.train((caption for i in range(len(cache)) for caption in cache.captions([i])), cfg.bpe_merges)
+    bpe.save(path)
+    print(f"bpe: {len(bpe.merges)} merges trained on {len(cache):,} captions -> {path}")
+    return bpe
+
+
+# ---------------------------------------------------------------------------------------------- the transformer
+
+def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator: Generator, stop: Interrupt) -> None:
+    """The transformer, by eq. 6 (chapter 4). generator holds the untrained model and the two tokenizers."""
+    model, bpe, device = generator.model, generator.bpe, generator.device
+    optimizer, step, best = optimizer_for(model, cfg, cfg.lr), 0, math.inf
+    if (run / "last.pt").exists():
+        state = checkpoint.load(run / "last.pt", "magvlt")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, best = state["step"], state["best"]
+    print(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, {cfg.steps:,} updates of {cfg.batch_size}"
+          + (f", going on at step {step:,}" if step else ""))
+
+    def save(name):
+        checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, model=model.state_dict(), bpe=bpe.to_text(),
+                        optimizer=optimizer.state_dict(), vqgan=generator.vqgan.state_dict())
+
+    log, bar = Log(run / "log.jsonl", step), tqdm(total=cfg.steps, initial=step, desc="model", unit="step")
+    recent = {}  # each task's last loss terms, for the bar
+    while step < cfg.steps:
+        task = draw_task(cfg, step)
+        rows = rows_of_step(step, cfg.batch_size, len(caches["train"]), cfg.seed)
+        batch = make_batch(caches["train"], bpe, rows, cfg.text_length, cfg.bpe_dropout, (cfg.seed, "bpe dropout", step))
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
+
+        torch.manual_seed(keyed_seed(cfg.seed, "dropout", step))  # dropout alone uses the global generator
+        terms = loss_terms(model, task, batch, partial(uniform, device, cfg.batch_size, cfg.seed, step))
+        optimizer.zero_grad()
+        total_loss(terms, cfg.length_weight).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        optimizer.step()
+        step += 1
+
+        bar.update()
+        if step % cfg.log_every == 0:
+            values = {name: term.item() for name, term in terms.items()}
+            log.write(step=step, task=task, lr=optimizer.param_groups[0]["lr"], norm=norm.item(), **values)
+            recent[task] = " ".join(f"{value:.3f}" for value in values.values())
+            rate = cfg.batch_size * (bar.format_dict["rate"] or 0)
+            bar.set_postfix_str(", ".join(f"{t} {v}" for t, v in sorted(recent.items())) + f", {rate:.0f} samples/s")
+        if (step % cfg.eval_every == 0 or step == cfg.steps) and "val" in caches:
+            losses = validate(model, cfg, caches["val"], bpe, device)
+            log.write(step=step, **{f"val_{name}": value for name, value in losses.items()})
+            tqdm.write(f"step {step:,}: validation " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+            if losses["mask"] < best:
+                best = losses["mask"]
+                save("best.pt")
+        if step % cfg.sample_every == 0 or step == cfg.steps:
+            save_samples(generator, caches.get("val", caches["train"]), run / "samples" / f"{step:06d}.png")
+        if step % cfg.save_every == 0 or step == cfg.steps or stop.came:
+            save("last.pt")
+        if stop.came and step < cfg.steps:
+            raise Stopped(f"{run / 'last.pt'} at step {step:,}")
+    bar.close()
+
+
+def draw_task(cfg: Config, step: int) -> str:
+    """The task of an update, T2I : I2T : IT2IT as task_weights; the same wherever it is asked for."""
+    weights = torch.tensor(cfg.task_weights)
+    return TASKS[int(torch.multinomial(weights, 1, generator=keyed_generator(cfg.seed, "task", step)))]
+
+
+def uniform(device: torch.device, batch_size: int, seed: int, step: int, purpose: str, *shape: int) -> torch.Tensor:
+    """The `draw` of objectives.py: uniform numbers (B, *shape) that depend on the seed, the update and the purpose."""
+    return torch.rand(batch_size, *shape, generator=keyed_generator(seed, step, purpose)).to(device)
+
+
+@torch.no_grad()
+def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE, device: torch.device) -> dict[str, float]:
+    """Mean loss terms of each task on up to 8 batches of unseen pairs, always with the same masks; "mask" adds them up
+    by task weight."""
+    model.eval()
+    sums, batches = defaultdict(float), max(1, min(8, len(cache) // cfg.batch_size))
+    for i in range(batches):
+        rows = rows_of_step(i, cfg.batch_size, len(cache), cfg.seed)
+        batch = {name: tensor.to(device) for name, tensor in make_batch(cache, bpe, rows, cfg.text_length).items()}
+        for task, weight in zip(TASKS, cfg.task_weights):
+            if weight:
+                terms = loss_terms(model, task, batch, partial(uniform, device, cfg.batch_size, cfg.seed, f"val {i}"))
+                sums[task] += terms["mask"].item() / batches
+                sums["mask"] += terms["mask"].item() / batches * weight / sum(cfg.task_weights)
+                if "length" in terms:
+                    sums[f"{task}_length"] += terms["length"].item() / batches
+    model.train()
+    return dict(sums)
+
+
+def save_samples(generator: Generator, cache: TokenCache, path: Path) -> None:
+    """A PNG: captions of unseen pairs with the pictures drawn for them, then their images with the captions written."""
+    generator.model.eval()
+    rows = np.arange(min(8, len(cache)))
+    captions, chance = cache.captions(rows), keyed_generator("samples")
+    drawn = generator.draw(captions, chance)
+    image_tokens = cache.image_tokens(rows)
+    written, _ = generator.caption_tokens(image_tokens, chance)
+    images = np.concatenate([drawn, generator.tokens_to_image(image_tokens)])
+    path.parent.mkdir(exist_ok=True)
+    contact_sheet(images, [f"asked: {c}" for c in captions] + [f"wrote: {c}" for c in written], columns=8).save(path)
+    generator.model.train()
+
+
+# ---------------------------------------------------------------------------------------------- from the command line
+
+def settle(cfg: Config, run: Path) -> None:
+    """Makes the run's folder, or checks that the one there was begun with the same settings. Raises DataError."""
+    path, settings = run / "config.json", dataclasses.asdict(cfg)
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [name for name in settings if json.loads(json.dumps(settings[name])) != before.get(name)
+                   and name not in MAY_CHANGE]
+        if changed:
+            raise DataError(f"{run} was begun with {changed[0]} = {before.get(changed[0])}, now it is {settings[changed[0]]}"
+                            ": take another --name, or delete the folder")
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+def main() -> None:
+    parser = Parser(prog="train.py", description=__doc__, epilog=EXAMPLES)
+    parser.add_argument("--name", help="the run: runs/NAME (default: the preset's name)")
+    parser.add_argument("--stage", choices=STAGES, default="model", help="stop after this stage (default: the last)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    add_config_flags(parser)
+    args = parser.parse()
+    cfg = config_from_args(parser, args)
+    run = Path("runs") / (args.name or args.preset)
+    try:
+        device = pick_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    with torch.device("meta"):
+        size = num_parameters(MAGVLT(cfg))
+    print(f"{device} ({torch.get_num_threads()} threads), preset {args.preset}, transformer of {size:,} parameters -> {run}/")
+
+    stop = Interrupt()
+    try:
+        settle(cfg, run)
+        stages(cfg, run, device, args.stage, stop)
+    except Stopped as what:
+        print(f"stopped: {what}; the same command goes on from there")
+    except (DataError, checkpoint.CheckpointError, ValueError) as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error.filename or run}: {error.strerror or error}")
+
+
+def stages(cfg: Config, run: Path, device: torch.device, last: str, stop: Interrupt) -> None:
+    """All stages in order, up to the last one asked for."""
+    started = time.monotonic()
+    vqgan = train_vqgan(cfg, run, device, stop).eval().requires_grad_(False)
+    if last == "vqgan":
+        return
+    caches = make_caches(cfg, run, vqgan)
+    if last == "cache":
+        return
+    bpe = train_bpe(cfg, run, caches["train"])
+    if last == "bpe":
+        return
+    cfg = dataclasses.replace(cfg, text_vocab=bpe.vocab_size)
+    torch.manual_seed(keyed_seed(cfg.seed, "weights"))
+    generator = Generator(MAGVLT(cfg).to(device), vqgan, bpe, cfg)
+    train_model(cfg, run, caches, generator, stop)
+    print(f"trained in {(time.monotonic() - started) / 60:.1f} minutes -> {run / 'last.pt'}; samples in {run / 'samples'}/")
+    if cfg.data.startswith("shapes:"):
+        generator.model.eval()
+        level = shapes.get_level(cfg.data.removeprefix("shapes:"))
+        results = metrics.evaluate_scenes(generator, level, cfg.eval_scenes)
+        print(metrics.scene_table(results))
+        write_json(run / "scenes.json", metrics.as_json(results))
+    print('now try: python sample.py --prompt "..."')
+
+
+if __name__ == "__main__":
+    main()
