@@ -41,6 +41,7 @@ class Config:
     vq_patchwise: bool = True                # the encoder sees one token's patch at a time; P no
     vq_images: int = 20_000                  # decoded images held in memory to train the VQ-GAN on
     vq_steps: int = 600                      # updates
+    vq_start: int = 200                      # updates as a plain autoencoder before the codebook, by k-means, comes in
     vq_batch: int = 32                       # images an update
     vq_lr: float = 2e-3                      # peak learning rate
     vq_commitment: float = 0.25              # weight of the commitment loss

@@ -151,8 +151,8 @@ def _read_shapes(source, image_size, counts, num_shapes, split, seed) -> Iterato
         level = shapes.get_level(source.removeprefix("shapes:"))
     except ValueError as error:
         raise DataError(f"{source}: {error}") from None
-    if shapes.SIDE != image_size:
-        raise DataError(f"{source} draws {level.image_size} pixels a side, but image_size is {image_size}: set it so")
+    if shapes.IMAGE != image_size:
+        raise DataError(f"{source} draws {shapes.IMAGE} pixels a side, but image_size is {image_size}: set it so")
     for i in range(num_shapes):
         rng = random.Random(keyed_seed(seed, split, i))
         scene = shapes.random_scene(level, rng, split)

@@ -183,7 +183,7 @@ def draw_scene(scene: Scene, level: str | Level, rng: Random | None = None) -> n
 # would be averaged away by the background around it; over a tile it is as plain as that of a big one. The
 # worst tile must be within THRESHOLD: root mean square over its pixels and colours, which lie in [0, 1].
 # Any two templates differ by more than twice that in some tile, so no picture is clean in two ways.
-THRESHOLD = 0.135
+THRESHOLD = 0.14
 
 
 @dataclass(frozen=True)
@@ -224,13 +224,13 @@ def read_images(images: np.ndarray, level: str | Level) -> list[Reading]:
         raise ValueError(f"images must be uint8, or float in [0, 1], not {images.dtype}")
     looks, table = templates(level)  # K, (G, K, 768)
     pixels = images.astype(np.float32) / (255 if images.dtype == np.uint8 else 1)
-    cells = pixels.reshape(-1, 2, CELL, 2, CELL, 3).swapaxes(2, 3)
-    cells = cells.reshape(-1, 4, table.shape[2])  # (B, 4, 768)
+    cells = pixels.reshape(len(images), 2, CELL, 2, CELL, 3).swapaxes(2, 3)
+    cells = cells.reshape(len(images), 4, table.shape[2])  # (B, 4, 768)
     # |cell - template|^2 = |cell|^2 - 2 cell . template + |template|^2, and the first is the same for all.
     dots = cells.reshape(-1, table.shape[2]) @ table.reshape(-1, table.shape[2]).T  # (B * 4, G * K)
-    errors = np.square(table).sum(-1) - 2 * dots.reshape(-1, 4, *table.shape[:2])  # (B, 4, G, K)
+    errors = np.square(table).sum(-1) - 2 * dots.reshape(len(images), 4, *table.shape[:2])  # (B, 4, G, K)
     ground = errors.min(-1).sum(1).argmin(-1)  # (B,): one background for all four cells
-    rows = np.arange(len(cells))
+    rows = np.arange(len(images))
     best = errors[rows, :, ground].argmin(-1)  # (B, 4)
     worst = tile_errors(cells - table[ground[:, None], best], level).max((1, 2))  # (B,)
 
@@ -267,6 +267,7 @@ def true_relations(things: Sequence[Thing]) -> list[str]:
 
 def _phrase(things: Sequence[Thing], background: str, sized: Sequence[bool], celled: Sequence[bool],
             relation: str | None, frame: str) -> str:
+    """The one place where words are put together: things in the order given, choices already made."""
     nouns = [f"a {thing.size + ' ' if say_size else ''}{thing.colour} {thing.shape}"
              f"{' in the ' + CELLS[thing.cell] if say_cell else ''}"
              for thing, say_size, say_cell in zip(things, sized, celled)]
@@ -275,7 +276,7 @@ def _phrase(things: Sequence[Thing], background: str, sized: Sequence[bool], cel
 
 
 def captions(scene: Scene, level: str | Level) -> Iterator[str]:
-    """Every caption that `describe` can give of a scene (thousands at level full), each once."""
+    """Every caption that `describe` can give of a scene (over a thousand at level full), each once."""
     n, sizes = len(scene.things), len(get_level(level).sizes)
     yes_no = list(product((False, True), repeat=n))
     silent = yes_no[:1]

@@ -212,17 +212,19 @@ class VQGAN(nn.Module):
     def paint(self, vectors: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(vectors))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor, quantise: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For training: reconstruction (B, 3, S, S), commitment loss, features (B, c, G, G), codes (B, G*G).
 
         Straight-through: the decoder is fed codebook vectors, its gradient goes to the features as if they were they.
         The codebook itself gets no gradient: Codebook moves it. The commitment loss keeps features near their codes.
+        Without quantise it is a plain autoencoder: the decoder is fed the features, and commitment is not asked for.
         """
         z = self.features(pixels)
         codes = self.codes_of(z.detach())
         e = self.vectors_of(codes).detach()
-        commitment = F.mse_loss(z, e)
-        return self.paint(z + (e - z).detach()), commitment, z, codes
+        if not quantise:
+            return self.paint(z), torch.zeros((), device=z.device), z, codes
+        return self.paint(z + (e - z).detach()), F.mse_loss(z, e), z, codes
 
 
 class Codebook:

@@ -133,7 +133,7 @@ def test_any_text_comes_back(small):
             held += 1
             assert small.encode(back) == ids
         release.encode(text)
-    assert held > 1000                                       # of the others some are mended or cut differently
+    assert held > 1000                                       # some others are mended or cut differently
     with pytest.raises(ValueError, match="not in the vocabulary"):
         small.decode([-1])
 
