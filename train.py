@@ -123,21 +123,21 @@ def train_vqgan(cfg: Config, run: Path, device: torch.device, stop: Interrupt) -
                         codebook=codebook.state_dict())
 
     for step in range(start, cfg.vq_steps):
-        if step == 0:  # the codebook starts where the untrained encoder's features are
+        if step == cfg.vq_start:
             first = to_pixels(images[rows_of_step(0, min(512, len(images)), len(images), cfg.seed)]).to(device)
             with torch.no_grad():
-                codebook.start(model.features(first).permute(0, 2, 3, 1).flatten(0, 2),
-                               keyed_generator(cfg.seed, "codebook start"))
+                codebook.start(as_rows(model.features(first)), keyed_generator(cfg.seed, "codebook start"))
         pixels = to_pixels(images[rows_of_step(step, cfg.vq_batch, len(images), cfg.seed)]).to(device)  # (B, 3, S, S)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg.vq_lr, 50, cfg.vq_steps)
-        reconstruction, commitment, z, codes = model(pixels)
-        l1 = (reconstruction - pixels).abs().mean()
+        reconstruction, commitment, z, codes = model(pixels, quantise=step >= cfg.vq_start)
+        error = reconstruction - pixels
+        l1, l2 = error.abs().mean(), error.square().mean()
         optimizer.zero_grad()
-        (l1 + cfg.vq_commitment * commitment).backward()
+        (l1 + l2 + cfg.vq_commitment * commitment).backward()
         optimizer.step()
-        codebook.update(z.detach().permute(0, 2, 3, 1).flatten(0, 2), codes.flatten(),
-                        keyed_generator(cfg.seed, "codebook", step))
+        if step >= cfg.vq_start:
+            codebook.update(as_rows(z.detach()), codes.flatten(), keyed_generator(cfg.seed, "codebook", step))
         bar.update()
         if (step + 1) % cfg.log_every == 0:
             share, perplexity = codebook_use(codes, cfg.codebook_size)
@@ -150,6 +150,11 @@ def train_vqgan(cfg: Config, run: Path, device: torch.device, stop: Interrupt) -
     save(cfg.vq_steps)
     report_vqgan(model.eval(), cfg, images)
     return model
+
+
+def as_rows(z: torch.Tensor) -> torch.Tensor:
+    """Features (B, c, G, G) -> vectors (B*G*G, c)."""
+    return z.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 @torch.inference_mode()

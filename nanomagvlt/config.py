@@ -32,17 +32,17 @@ class Config:
     vqgan: str = ""                          # a trained VQ-GAN to use; empty: train one on the images
     codebook_size: int = 128                 # V_I: image vocabulary; P 16,384
     codebook_dim: int = 32                   # size of a code vector; P 256
-    vq_channels: int = 32                    # channels at full resolution; P 128
-    vq_multipliers: tuple[int, ...] = (1, 1, 2, 2)  # channels a level; each level after the first halves the side; P 1,1,2,2,4
+    vq_channels: int = 16                    # channels at full resolution; P 128
+    vq_multipliers: tuple[int, ...] = (1, 1, 2, 4)  # channels a level; each level after the first halves the side; P 1,1,2,2,4
     vq_res_blocks: int = 1                   # residual blocks a level (one more in the decoder); P 2
     vq_attention: tuple[int, ...] = ()       # sides of the feature maps that get attention; P 16
     vq_latent: int = 64                      # channels where encoder and decoder meet; P 256
-    vq_groups: int = 8                       # groups of each GroupNorm; P 32
+    vq_groups: int = 4                       # groups of each GroupNorm; P 32
     vq_patchwise: bool = True                # the encoder sees one token's patch at a time; P no
     vq_images: int = 20_000                  # decoded images held in memory to train the VQ-GAN on
-    vq_steps: int = 600                      # updates
+    vq_steps: int = 1000                     # updates
     vq_start: int = 200                      # updates as a plain autoencoder before the codebook, by k-means, comes in
-    vq_batch: int = 32                       # images an update
+    vq_batch: int = 16                       # images an update
     vq_lr: float = 2e-3                      # peak learning rate
     vq_commitment: float = 0.25              # weight of the commitment loss
     vq_decay: float = 0.95                   # moving average of the codebook, per update
@@ -130,7 +130,7 @@ class Config:
 
 
 PRESETS = {
-    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=200, steps=1000, eval_scenes=100,
+    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=400, steps=1000, eval_scenes=100,
                   eval_every=250, sample_every=500, save_every=250, task_weights=(1.0, 1.0, 0.0)),
     "tiny": dict(),
 }

@@ -181,6 +181,10 @@ class VQGAN(nn.Module):
         self.quantize = Quantizer(cfg)
         self.quant_conv = nn.Conv2d(cfg.vq_latent, cfg.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(cfg.codebook_dim, cfg.vq_latent, 1)
+        # PyTorch's own start has a third of this variance, and learns several times more slowly.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
 
     def features(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, S, S) in [-1, 1] -> the vectors to be quantised (B, codebook_dim, G, G)."""
