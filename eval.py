@@ -29,7 +29,7 @@ def scenes(args) -> None:
         print(f"-> {args.out}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="eval.py", description=__doc__)
     parser.add_argument("what", nargs="?", default="scenes", choices=["scenes"], help="what to measure (default scenes)")
     parser.add_argument("--checkpoint", type=Path, help="a last.pt or best.pt (default: the newest runs/*/last.pt)")
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of phrasings and decoding (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    args = parser.parse()
+    args = parser.parse(argv)
     for flag in ("num_scenes", "phrasings"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")

@@ -15,7 +15,7 @@ from nanomagvlt.data import BadSample, open_image, square
 from nanomagvlt.generate import contact_sheet, load_generator
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="sample.py", description=__doc__)
     parser.add_argument("--prompt", help="what to draw")
     parser.add_argument("--image", type=Path, help="an image file to caption")
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="same seed, same device, same result (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the PNG to write (default samples.png)")
-    args = parser.parse()
+    args = parser.parse(argv)
     if (args.prompt is None) == (args.image is None):
         parser.error('give either --prompt "..." to draw or --image FILE to caption')
     if args.num_samples < 1:
@@ -63,7 +63,8 @@ def sample(args) -> None:
     else:
         image = square(open_image(args.image.read_bytes()), generator.cfg.image_size)
         captions, _ = generator.caption(np.stack([image] * args.num_samples), chance)
-        print("\n".join(captions))
+        for caption in captions:  # a model may write any bytes: none of them is to steer the terminal
+            print("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in caption))
 
 
 if __name__ == "__main__":

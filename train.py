@@ -46,18 +46,23 @@ class Stopped(Exception):
 
 
 class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a flag to be looked at after each update; a second one ends at once."""
+    """Within `with Interrupt() as stop`, the first Ctrl-C or SIGTERM is a flag, stop.came, to be looked at after each
+    update; a second one ends at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.came = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def __call__(self, number, frame):
         if self.came:
             sys.exit(128 + number)
         self.came = True
         tqdm.write("stopping after this update, and saving ...")
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
@@ -97,59 +102,75 @@ def pairs_of(cfg: Config, split: str, counts: Counter):
     return read_pairs(source, cfg.image_size, counts, cfg.pairs if split == "train" else 1000, split, cfg.seed)
 
 
-def train_vqgan(cfg: Config, run: Path, device: torch.device, stop: Interrupt) -> VQGAN:
-    """The image tokenizer: given, found, or trained on the images of the training pairs (chapter 6)."""
-    path = Path(cfg.vqgan) if cfg.vqgan else run / "vqgan.pt"
+def get_vqgan(cfg: Config, run: Path, device: torch.device) -> VQGAN:
+    """The image tokenizer: given, found, or trained."""
+    path = Path(cfg.vqgan or run / "vqgan.pt")
+    if cfg.vqgan or path.exists() and checkpoint.load(path, "vqgan")["step"] == cfg.vq_steps:
+        print(f"vqgan: reusing {path}")
+        return checkpoint.load_vqgan(path).to(device)
+    return train_vqgan(cfg, path, device)
+
+
+def train_vqgan(cfg: Config, path: Path, device: torch.device) -> VQGAN:
+    """The image tokenizer, trained on the images of the training pairs (chapter 6); goes on where path stopped."""
     torch.manual_seed(keyed_seed(cfg.seed, "vqgan weights"))
-    model, start = VQGAN(cfg).to(device), 0
+    model, step = VQGAN(cfg).to(device), 0
     codebook, optimizer = Codebook(model.quantize.embedding, cfg.vq_decay), optimizer_for(model, cfg, cfg.vq_lr)
-    if cfg.vqgan or path.exists():
+    if path.exists():
         state = checkpoint.load(path, "vqgan")
-        if cfg.vqgan or state["step"] >= cfg.vq_steps:
-            print(f"vqgan: reusing {path}")
-            return checkpoint.load_vqgan(path).to(device)
-        start = state["step"]
+        step = state["step"]
         model.load_state_dict(state["vqgan"])
         optimizer.load_state_dict(state["optimizer"])
         codebook.load_state_dict(state["codebook"])
 
     images = np.stack([pair.image for pair in islice(pairs_of(cfg, "train", Counter()), cfg.vq_images)])  # (n, S, S, 3)
     print(f"vqgan: {num_parameters(model):,} parameters on {len(images):,} images of {cfg.image_size}x{cfg.image_size}"
-          + (f", going on at step {start}" if start else ""))
-    log, bar = Log(run / "vqgan_log.jsonl", start), tqdm(total=cfg.vq_steps, initial=start, desc="vqgan", unit="step")
-
-    def save(step):
-        checkpoint.save(path, "vqgan", cfg, step=step, vqgan=model.state_dict(), optimizer=optimizer.state_dict(),
-                        codebook=codebook.state_dict())
-
-    for step in range(start, cfg.vq_steps):
-        if step == cfg.vq_start:
-            first = to_pixels(images[rows_of_step(0, min(512, len(images)), len(images), cfg.seed)]).to(device)
-            with torch.no_grad():
-                codebook.start(as_rows(model.features(first)), keyed_generator(cfg.seed, "codebook start"))
-        pixels = to_pixels(images[rows_of_step(step, cfg.vq_batch, len(images), cfg.seed)]).to(device)  # (B, 3, S, S)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg.vq_lr, 50, cfg.vq_steps)
-        reconstruction, commitment, z, codes = model(pixels, quantise=step >= cfg.vq_start)
-        error = reconstruction - pixels
-        l1, l2 = error.abs().mean(), error.square().mean()
-        optimizer.zero_grad()
-        (l1 + l2 + cfg.vq_commitment * commitment).backward()
-        optimizer.step()
-        if step >= cfg.vq_start:
-            codebook.update(as_rows(z.detach()), codes.flatten(), keyed_generator(cfg.seed, "codebook", step))
-        bar.update()
-        if (step + 1) % cfg.log_every == 0:
-            share, perplexity = codebook_use(codes, cfg.codebook_size)
-            log.write(step=step + 1, l1=l1.item(), commitment=commitment.item(), used=share, perplexity=perplexity)
-            bar.set_postfix_str(f"l1 {l1.item():.4f}, {round(share * cfg.codebook_size)} codes, perplexity {perplexity:.1f}")
-        if stop.came:
-            save(step + 1)
-            raise Stopped(f"{path} at step {step + 1}")
-    bar.close()
-    save(cfg.vq_steps)
+          + (f", going on at step {step}" if step else ""))
+    log = Log(path.parent / "vqgan_log.jsonl", step)
+    with Interrupt() as stop, tqdm(total=cfg.vq_steps, initial=step, desc="vqgan", unit="step") as bar:
+        while step < cfg.vq_steps:
+            l1, commitment, codes = update_vqgan(model, codebook, optimizer, cfg, images, step)
+            step += 1
+            bar.update()
+            if step % cfg.log_every == 0:
+                share, perplexity = codebook_use(codes, cfg.codebook_size)
+                log.write(step=step, l1=l1.item(), commitment=commitment.item(), used=share, perplexity=perplexity)
+                bar.set_postfix_str(f"l1 {l1.item():.4f}, {share * cfg.codebook_size:.0f} codes, perplexity {perplexity:.1f}")
+            if step % cfg.save_every == 0 or step == cfg.vq_steps or stop.came:
+                checkpoint.save(path, "vqgan", cfg, step=step, vqgan=model.state_dict(), optimizer=optimizer.state_dict(),
+                                codebook=codebook.state_dict())
+            if stop.came and step < cfg.vq_steps:
+                raise Stopped(f"{path} at step {step}")
     report_vqgan(model.eval(), cfg, images)
     return model
+
+
+def update_vqgan(model: VQGAN, codebook: Codebook, optimizer: torch.optim.Optimizer, cfg: Config, images: np.ndarray,
+                 step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One update: the mean absolute error, the commitment loss, and the batch's codes (B, N).
+
+    The first vq_start updates train a plain autoencoder: a codebook laid over features that are still moving fast
+    loses most of its codes.
+    """
+    device = model.quantize.embedding.weight.device
+    quantise = step >= cfg.vq_start
+    if step == cfg.vq_start:
+        first = to_pixels(images[rows_of_step(0, min(512, len(images)), len(images), cfg.seed)]).to(device)
+        with torch.no_grad():
+            codebook.start(as_rows(model.features(first)), keyed_generator(cfg.seed, "codebook start"))
+
+    pixels = to_pixels(images[rows_of_step(step, cfg.vq_batch, len(images), cfg.seed)]).to(device)   # (B, 3, S, S)
+    reconstruction, commitment, z, codes = model(pixels, quantise)
+    error = reconstruction - pixels
+    l1, l2 = error.abs().mean(), error.square().mean()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, cfg.vq_lr, 50, cfg.vq_steps)
+    optimizer.zero_grad()
+    (l1 + l2 + cfg.vq_commitment * commitment).backward()
+    optimizer.step()
+    if quantise:
+        codebook.update(as_rows(z.detach()), codes.flatten(), keyed_generator(cfg.seed, "codebook", step))
+    return l1.detach(), commitment.detach(), codes
 
 
 def as_rows(z: torch.Tensor) -> torch.Tensor:
@@ -208,9 +229,9 @@ def train_bpe(cfg: Config, run: Path, cache: TokenCache) -> BPE:
 
 # ---------------------------------------------------------------------------------------------- the transformer
 
-def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator: Generator, stop: Interrupt) -> None:
+def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator: Generator) -> None:
     """The transformer, by eq. 6 (chapter 4). generator holds the untrained model and the two tokenizers."""
-    model, bpe, device = generator.model, generator.bpe, generator.device
+    model, bpe = generator.model, generator.bpe
     optimizer, step, best = optimizer_for(model, cfg, cfg.lr), 0, math.inf
     if (run / "last.pt").exists():
         state = checkpoint.load(run / "last.pt", "magvlt")
@@ -224,45 +245,50 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
         checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, model=model.state_dict(), bpe=bpe.to_text(),
                         optimizer=optimizer.state_dict(), vqgan=generator.vqgan.state_dict())
 
-    log, bar = Log(run / "log.jsonl", step), tqdm(total=cfg.steps, initial=step, desc="model", unit="step")
-    recent = {}  # each task's last loss terms, for the bar
-    while step < cfg.steps:
-        task = draw_task(cfg, step)
-        rows = rows_of_step(step, cfg.batch_size, len(caches["train"]), cfg.seed)
-        batch = make_batch(caches["train"], bpe, rows, cfg.text_length, cfg.bpe_dropout, (cfg.seed, "bpe dropout", step))
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
+    log, recent = Log(run / "log.jsonl", step), {}  # recent: each task's last loss terms, for the bar
+    with Interrupt() as stop, tqdm(total=cfg.steps, initial=step, desc="model", unit="step") as bar:
+        while step < cfg.steps:
+            task, terms, norm = update_model(model, optimizer, cfg, caches["train"], bpe, step)
+            step += 1
+            bar.update()
+            if step % cfg.log_every == 0:
+                values = {name: term.item() for name, term in terms.items()}
+                log.write(step=step, task=task, lr=optimizer.param_groups[0]["lr"], norm=norm.item(), **values)
+                recent[task] = " ".join(f"{value:.3f}" for value in values.values())
+                rate = cfg.batch_size * (bar.format_dict["rate"] or 0)
+                bar.set_postfix_str(", ".join(f"{t} {v}" for t, v in sorted(recent.items())) + f", {rate:.0f} samples/s")
+            if (step % cfg.eval_every == 0 or step == cfg.steps) and "val" in caches:
+                losses = validate(model, cfg, caches["val"], bpe)
+                log.write(step=step, **{f"val_{name}": value for name, value in losses.items()})
+                tqdm.write(f"step {step:,}: validation " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+                if losses["mask"] < best:
+                    best = losses["mask"]
+                    save("best.pt")
+            if step % cfg.sample_every == 0 or step == cfg.steps:
+                save_samples(generator, caches.get("val", caches["train"]), run / "samples" / f"{step:06d}.png")
+            if step % cfg.save_every == 0 or step == cfg.steps or stop.came:
+                save("last.pt")
+            if stop.came and step < cfg.steps:
+                raise Stopped(f"{run / 'last.pt'} at step {step:,}")
 
-        torch.manual_seed(keyed_seed(cfg.seed, "dropout", step))  # dropout alone uses the global generator
-        terms = loss_terms(model, task, batch, partial(uniform, device, cfg.batch_size, cfg.seed, step))
-        optimizer.zero_grad()
-        total_loss(terms, cfg.length_weight).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        optimizer.step()
-        step += 1
 
-        bar.update()
-        if step % cfg.log_every == 0:
-            values = {name: term.item() for name, term in terms.items()}
-            log.write(step=step, task=task, lr=optimizer.param_groups[0]["lr"], norm=norm.item(), **values)
-            recent[task] = " ".join(f"{value:.3f}" for value in values.values())
-            rate = cfg.batch_size * (bar.format_dict["rate"] or 0)
-            bar.set_postfix_str(", ".join(f"{t} {v}" for t, v in sorted(recent.items())) + f", {rate:.0f} samples/s")
-        if (step % cfg.eval_every == 0 or step == cfg.steps) and "val" in caches:
-            losses = validate(model, cfg, caches["val"], bpe, device)
-            log.write(step=step, **{f"val_{name}": value for name, value in losses.items()})
-            tqdm.write(f"step {step:,}: validation " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
-            if losses["mask"] < best:
-                best = losses["mask"]
-                save("best.pt")
-        if step % cfg.sample_every == 0 or step == cfg.steps:
-            save_samples(generator, caches.get("val", caches["train"]), run / "samples" / f"{step:06d}.png")
-        if step % cfg.save_every == 0 or step == cfg.steps or stop.came:
-            save("last.pt")
-        if stop.came and step < cfg.steps:
-            raise Stopped(f"{run / 'last.pt'} at step {step:,}")
-    bar.close()
+def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, cache: TokenCache, bpe: BPE,
+                 step: int) -> tuple[str, dict[str, torch.Tensor], torch.Tensor]:
+    """One update of one task, which is drawn here: the task, its loss terms, and the gradient's norm."""
+    task = draw_task(cfg, step)
+    rows = rows_of_step(step, cfg.batch_size, len(cache), cfg.seed)
+    batch = make_batch(cache, bpe, rows, cfg.text_length, cfg.bpe_dropout, (cfg.seed, "bpe dropout", step))
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
+
+    torch.manual_seed(keyed_seed(cfg.seed, "dropout", step))  # dropout alone uses the global generator
+    terms = loss_terms(model, task, batch, partial(uniform, model.device, cfg.batch_size, cfg.seed, step))
+    optimizer.zero_grad()
+    total_loss(terms, cfg.length_weight).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+    optimizer.step()
+    return task, terms, norm
 
 
 def draw_task(cfg: Config, step: int) -> str:
@@ -277,17 +303,17 @@ def uniform(device: torch.device, batch_size: int, seed: int, step: int, purpose
 
 
 @torch.no_grad()
-def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE, device: torch.device) -> dict[str, float]:
+def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[str, float]:
     """Mean loss terms of each task on up to 8 batches of unseen pairs, always with the same masks; "mask" adds them up
     by task weight."""
     model.eval()
     sums, batches = defaultdict(float), max(1, min(8, len(cache) // cfg.batch_size))
     for i in range(batches):
         rows = rows_of_step(i, cfg.batch_size, len(cache), cfg.seed)
-        batch = {name: tensor.to(device) for name, tensor in make_batch(cache, bpe, rows, cfg.text_length).items()}
+        batch = {name: tensor.to(model.device) for name, tensor in make_batch(cache, bpe, rows, cfg.text_length).items()}
         for task, weight in zip(TASKS, cfg.task_weights):
             if weight:
-                terms = loss_terms(model, task, batch, partial(uniform, device, cfg.batch_size, cfg.seed, f"val {i}"))
+                terms = loss_terms(model, task, batch, partial(uniform, model.device, cfg.batch_size, cfg.seed, f"val {i}"))
                 sums[task] += terms["mask"].item() / batches
                 sums["mask"] += terms["mask"].item() / batches * weight / sum(cfg.task_weights)
                 if "length" in terms:
@@ -326,13 +352,13 @@ def settle(cfg: Config, run: Path) -> None:
     write_json(path, settings)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="train.py", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--name", help="the run: runs/NAME (default: the preset's name)")
     parser.add_argument("--stage", choices=STAGES, default="model", help="stop after this stage (default: the last)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     add_config_flags(parser)
-    args = parser.parse()
+    args = parser.parse(argv)
     cfg = config_from_args(parser, args)
     run = Path("runs") / (args.name or args.preset)
     try:
@@ -343,22 +369,23 @@ def main() -> None:
         size = num_parameters(MAGVLT(cfg))
     print(f"{device} ({torch.get_num_threads()} threads), preset {args.preset}, transformer of {size:,} parameters -> {run}/")
 
-    stop = Interrupt()
     try:
         settle(cfg, run)
-        stages(cfg, run, device, args.stage, stop)
+        stages(cfg, run, device, args.stage)
     except Stopped as what:
         print(f"stopped: {what}; the same command goes on from there")
+    except KeyboardInterrupt:  # between the training loops; what is unfinished there is done anew
+        parser.exit(130, "stopped; the same command goes on from the last finished stage\n")
     except (DataError, checkpoint.CheckpointError, ValueError) as error:
         parser.error(str(error))
     except OSError as error:
         parser.error(f"{error.filename or run}: {error.strerror or error}")
 
 
-def stages(cfg: Config, run: Path, device: torch.device, last: str, stop: Interrupt) -> None:
+def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
     """All stages in order, up to the last one asked for."""
     started = time.monotonic()
-    vqgan = train_vqgan(cfg, run, device, stop).eval().requires_grad_(False)
+    vqgan = get_vqgan(cfg, run, device).eval().requires_grad_(False)
     if last == "vqgan":
         return
     caches = make_caches(cfg, run, vqgan)
@@ -370,7 +397,7 @@ def stages(cfg: Config, run: Path, device: torch.device, last: str, stop: Interr
     cfg = dataclasses.replace(cfg, text_vocab=bpe.vocab_size)
     torch.manual_seed(keyed_seed(cfg.seed, "weights"))
     generator = Generator(MAGVLT(cfg).to(device), vqgan, bpe, cfg)
-    train_model(cfg, run, caches, generator, stop)
+    train_model(cfg, run, caches, generator)
     print(f"trained in {(time.monotonic() - started) / 60:.1f} minutes -> {run / 'last.pt'}; samples in {run / 'samples'}/")
     if cfg.data.startswith("shapes:"):
         generator.model.eval()

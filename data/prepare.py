@@ -20,7 +20,7 @@ from nanomagvlt.data import left_out, read_pairs, write_cache
 from nanomagvlt.generate import pick_device
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="data/prepare.py", description=__doc__)
     parser.add_argument("--source", required=True, help="shapes:LEVEL, a folder, or tar shards (a path or 'pattern*.tar')")
     parser.add_argument("--vqgan", required=True, type=Path, help="the vqgan.pt that makes the image tokens")
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--split", default="train", choices=["train", "val", "test"], help="of shapes (default train)")
     parser.add_argument("--seed", type=int, default=0, help="of shapes (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-    args = parser.parse()
+    args = parser.parse(argv)
     counts = Counter()
     try:
         vqgan = checkpoint.load_vqgan(args.vqgan).to(pick_device(args.device))

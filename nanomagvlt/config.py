@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import sys
 from dataclasses import dataclass
 
 
@@ -118,6 +119,8 @@ class Config:
              f"image_temperature {self.image_temperature} must be two numbers > 0, first step and last"),
             (len(self.image_noise) != 2 or min(self.image_noise) < 0,
              f"image_noise {self.image_noise} must be two numbers >= 0, first step and last"),
+            (self.image_top_k < 0, f"image_top_k {self.image_top_k} must be at least 0"),
+            (self.text_top_k < 0, f"text_top_k {self.text_top_k} must be at least 0"),
             (self.text_temperature <= 0, f"text_temperature {self.text_temperature} must be > 0"),
         ]
         at_least_one = ("pairs image_size text_length codebook_size codebook_dim vq_channels vq_latent vq_groups vq_images vq_batch "
@@ -136,7 +139,7 @@ PRESETS = {
 }
 
 # Fields that a later run of the same name may change: they say how long and how often, not what.
-MAY_CHANGE = ("steps", "vq_steps", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")
+MAY_CHANGE = ("steps", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")
 
 
 def preset(name: str, **changes) -> Config:
@@ -171,12 +174,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for word in (text.split("=")[0] for text in (sys.argv[1:] if argv is None else argv)):
+            if word.startswith("--") and word not in flags:
+                close = difflib.get_close_matches(word, flags, 1)
+                self.error(f"unknown argument {word}" + (f"; did you mean {close[0]}?" if close else "; see --help"))
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            word = unknown[0].split("=")[0]
-            close = difflib.get_close_matches(word, flags, 1)
-            self.error(f"unknown argument {word}" + (f"; did you mean {close[0]}?" if close else "; see --help"))
+            self.error(f"unknown argument {unknown[0]}; see --help")
         return args
 
 

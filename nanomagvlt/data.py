@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -129,9 +130,9 @@ def read_pairs(source: str, image_size: int, counts: Counter, num_shapes: int = 
     if source.startswith("shapes:"):
         yield from _read_shapes(source, image_size, counts, num_shapes, split, seed)
         return
-    for members in _grouped(_read_files(source, counts)):
+    for key, members in _grouped(_read_files(source, counts)):
         try:
-            pair = _assemble(members, image_size)
+            pair = _assemble(key, members, image_size)
         except BadSample as reason:
             counts[str(reason)] += 1
             continue
@@ -160,13 +161,16 @@ def _read_shapes(source, image_size, counts, num_shapes, split, seed) -> Iterato
         yield Pair(f"{i:09d}", shapes.draw_scene(scene, level, rng), shapes.describe(scene, level, rng))
 
 
-def _read_files(source: str, counts: Counter) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Names and contents (read on demand) of the files of a folder or of tar shards, those of one key together."""
+def _read_files(source: str, counts: Counter) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
+    """Key, suffix and content (read on demand) of the files of a folder or of tar shards, those of one key together.
+
+    In a folder a key is the name without its suffix; in a shard it ends at the first dot, as webdataset has it.
+    """
     if os.path.isdir(source) and glob.glob(f"{glob.escape(source)}/*.tar"):
         source = f"{glob.escape(source)}/*.tar"
     if os.path.isdir(source):
-        for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
-            yield str(path.relative_to(source)), path.read_bytes
+        for path in sorted(p for p in Path(source).rglob("[!.]*") if p.is_file()):
+            yield str(path.with_suffix("")), path.suffix[1:].lower(), path.read_bytes
         return
     shards = sorted(glob.glob(source))
     if not shards:
@@ -175,36 +179,27 @@ def _read_files(source: str, counts: Counter) -> Iterator[tuple[str, Callable[[]
         try:
             with tarfile.open(shard, "r:*") as tar:
                 for member in tar:
-                    if member.isfile():
+                    folder, _, base = member.name.rpartition("/")
+                    key, _, suffixes = base.partition(".")
+                    if member.isfile() and key:  # no key: a hidden file, such as some systems strew about
                         data = tar.extractfile(member).read()  # into memory only: nothing is ever unpacked to disk
-                        yield f"{shard}/{member.name}", lambda data=data: data
+                        yield f"{shard}/{folder}/{key}", suffixes.rpartition(".")[2].lower(), lambda data=data: data
         except (tarfile.TarError, OSError, EOFError, zlib.error):
             counts["broken or truncated shard"] += 1
 
 
-def _grouped(files: Iterable[tuple[str, Callable[[], bytes]]]) -> Iterator[dict[str, Callable[[], bytes]]]:
-    """Neighbouring files of one key: the path up to the first dot of its last part, as webdataset has it."""
-    key, members = None, {}
-    for name, content in files:
-        folder, _, base = name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        if (folder, stem) != key and members:
-            yield members
-            members = {}
-        elif suffix.lower() in members:
-            members = {"duplicate": content}
-        key = (folder, stem)
-        if suffix:
-            members[suffix.lower()] = content
-            members["key"] = stem
-    if members:
-        yield members
+def _grouped(files: Iterable[tuple[str, str, Callable[[], bytes]]]) -> Iterator[tuple[str, dict[str, Callable[[], bytes]]]]:
+    """Neighbouring files of one key: the key, and the contents by suffix."""
+    for key, group in groupby(files, key=lambda file: file[0]):
+        members: dict[str, Callable[[], bytes]] = {}
+        for _, suffix, content in group:
+            members["duplicate" if suffix in members else suffix] = content
+        yield key.rpartition("/")[2], members
 
 
-def _assemble(members: dict, image_size: int) -> Pair:
+def _assemble(key: str, members: dict[str, Callable[[], bytes]], image_size: int) -> Pair:
     caption = members.pop("txt", bytes)().decode("utf-8", errors="replace")
     meta = members.pop("json", bytes)()
-    key = members.pop("key", "")
     if "duplicate" in members:
         raise BadSample("two files of one name")
     if not caption.strip() and meta:

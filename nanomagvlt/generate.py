@@ -34,7 +34,7 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
-        return self.model.output_bias.device
+        return self.model.device
 
     @torch.inference_mode()
     def draw(self, prompts: list[str], generator: torch.Generator) -> np.ndarray:

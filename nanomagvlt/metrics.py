@@ -40,11 +40,11 @@ def share_over_scenes(values: list[float], per_scene: int) -> Share:
 
 def unseen_scenes(level: shapes.Level, most: int, seed: int = 0) -> list[shapes.Scene]:
     """Scenes of the test split, each once: all of them, or `most` drawn at random where there are more."""
-    rng, scenes = random.Random(keyed_seed(seed, "unseen scenes")), {}
-    for _ in range(200 * most):  # far more draws than scenes are wanted: small worlds are found whole
-        scenes.setdefault(shapes.random_scene(level, rng, "test"))
-        if len(scenes) == most:
-            break
+    rng, scenes, since_last = random.Random(keyed_seed(seed, "unseen scenes")), {}, 0
+    while len(scenes) < most and since_last < 5000:  # a small world is then found whole
+        scene = shapes.random_scene(level, rng, "test")
+        since_last = since_last + 1 if scene in scenes else 0
+        scenes[scene] = True
     return list(scenes)
 
 

@@ -76,6 +76,10 @@ class MAGVLT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    @property
+    def device(self) -> torch.device:
+        return self.output_bias.device
+
     def forward(self, seq: Sequence) -> Tensor:
         """The states after the last block: (B, L, D). There is no LayerNorm after it."""
         x = self.tokens(seq.token_ids) + self.places(seq.place_ids)                                # (B, L, D)

@@ -1,0 +1,136 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanomagvlt.config import Config
+from nanomagvlt.decode import Recipe, decode, draw_image, image_recipe, predict_length, sample, text_recipe, write_text
+from nanomagvlt.masking import decoding_counts
+
+IMAGE, TEXT = image_recipe(Config()), text_recipe(Config())
+V = 9
+
+
+def oracle(answer: torch.Tensor):
+    """A model that knows the answer."""
+    return lambda tokens, is_masked: 100.0 * F.one_hot(answer, V)
+
+
+def unsure(seed: int = 0):
+    """A model whose opinion is random, and depends on what is visible."""
+    table = torch.randn(V + 1, 16, V, generator=torch.Generator().manual_seed(seed))
+
+    def tokens_to_logits(tokens, is_masked):
+        seen = tokens.masked_fill(is_masked, V)
+        return table[seen, torch.arange(seen.shape[1])] + table[seen.roll(1, 1), torch.arange(seen.shape[1])]
+    return tokens_to_logits
+
+
+def canvas(rows=4, n=16, share=0.7):
+    g = torch.Generator().manual_seed(3)
+    is_hidden = torch.rand(rows, n, generator=g) < share
+    return torch.randint(V, (rows, n), generator=g), is_hidden
+
+
+def run(model, tokens, is_hidden, recipe, seed=0):
+    return decode(model, tokens, is_hidden, recipe, torch.Generator().manual_seed(seed))
+
+
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    return Recipe(**{**vars(recipe), "steps": steps})
+
+
+@pytest.mark.parametrize("recipe", [IMAGE, TEXT], ids=["image", "text"])
+def test_an_oracle_is_recovered_in_any_number_of_steps(recipe):
+    answer = torch.randint(V, (4, 16), generator=torch.Generator().manual_seed(1))
+    for steps in range(1, 17):
+        tokens, trace = run(oracle(answer), torch.zeros_like(answer), torch.ones_like(answer, dtype=torch.bool), with_steps(recipe, steps))
+        assert torch.equal(tokens, answer) and len(trace) == steps
+
+
+@pytest.mark.parametrize("recipe", [IMAGE, TEXT], ids=["image", "text"])
+def test_known_tokens_stay_and_counts_are_followed_step_by_step(recipe):
+    tokens, is_hidden = canvas()
+    recipe = with_steps(recipe, 5)
+    filled, trace = run(unsure(), tokens, is_hidden, recipe)
+    counts = decoding_counts(is_hidden.sum(1), 5, recipe.schedule, recipe.can_remask)
+    assert torch.equal(torch.stack([step.is_masked.sum(1) for step in trace], 1), counts)
+    assert torch.equal(filled[~is_hidden], tokens[~is_hidden])
+    for step in trace:
+        assert not (step.is_masked & ~is_hidden).any()
+        assert torch.equal(step.tokens[~is_hidden], tokens[~is_hidden])
+    assert torch.equal(trace[-1].tokens, filled)
+
+
+def test_an_image_token_once_drawn_stays_and_a_text_token_may_change():
+    tokens, is_hidden = canvas(rows=50, share=1.1)
+    _, trace = run(unsure(), tokens, is_hidden, with_steps(IMAGE, 10))
+    for before, after in zip(trace, trace[1:]):
+        assert not (after.is_masked & ~before.is_masked).any()
+        assert (after.is_masked.sum(1) < before.is_masked.sum(1)).all()
+        assert torch.equal(before.tokens[~after.is_masked], after.tokens[~after.is_masked])
+    _, trace = run(unsure(), tokens, is_hidden, with_steps(TEXT, 10))
+    assert any((after.is_masked & ~before.is_masked).any() for before, after in zip(trace, trace[1:]))
+
+
+def test_more_steps_than_image_tokens_is_an_error_for_text_it_is_not():
+    tokens, is_hidden = canvas(share=0.3)
+    with pytest.raises(ValueError, match="17 decoding steps"):
+        run(unsure(), tokens, is_hidden, with_steps(IMAGE, 17))
+    assert run(unsure(), tokens, is_hidden, with_steps(TEXT, 17))[0].shape == tokens.shape
+
+
+@pytest.mark.parametrize("recipe", [IMAGE, TEXT], ids=["image", "text"])
+def test_a_seed_gives_one_result_whatever_the_batch(recipe):
+    tokens, is_hidden = canvas(rows=3, share=1.1)
+    first, again, other = (run(unsure(), tokens, is_hidden, recipe, seed)[0] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(run(unsure(), tokens[:1], is_hidden[:1], recipe)[0], first[:1])
+
+
+def test_without_noise_the_most_confident_are_kept():
+    """A model whose confidence falls from left to right."""
+    logits = torch.zeros(1, 16, V)
+    logits[0, :, 4] = torch.linspace(14, 7, 16)
+    for recipe in (IMAGE, TEXT):
+        still = Recipe(**{**vars(recipe), "steps": 4, "noise": (0.0, 0.0), "temperature": (1.0, 1.0)})
+        _, trace = run(lambda tokens, is_masked: logits, torch.zeros(1, 16, dtype=torch.long), torch.ones(1, 16, dtype=torch.bool), still)
+        for step in trace[1:]:
+            hidden = int(step.is_masked.sum())
+            assert step.is_masked[0].tolist() == [False] * (16 - hidden) + [True] * hidden
+
+
+def test_text_places_are_hidden_in_proportion_to_their_doubt():
+    """SPEC 7: the places to mask again are drawn with weights softmax(-log p) = (1/p) / sum(1/p)."""
+    p = torch.tensor([0.9, 0.6, 0.3])
+    logits = torch.stack([torch.tensor([q, 1 - q, 1e-30]).log() for q in p]).expand(20_000, 3, 3)
+    recipe = Recipe(**{**vars(TEXT), "steps": 2, "temperature": (1.0, 1.0)})
+    _, trace = run(lambda tokens, is_masked: logits, torch.zeros(20_000, 3, dtype=torch.long),
+                   torch.ones(20_000, 3, dtype=torch.bool), recipe)
+    chosen_p = trace[0].confidence.exp()                                                          # (M, 3)
+    expected = ((1 / chosen_p) / (1 / chosen_p).sum(1, keepdim=True)).mean(0)
+    assert torch.allclose(trace[1].is_masked.float().mean(0), expected, atol=0.012)
+
+
+def test_sample_follows_the_distribution_and_top_k():
+    p = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
+    uniform = torch.rand(50_000, 1, generator=torch.Generator().manual_seed(0))
+    logits = p.log().expand(50_000, 1, 5)
+    token, chosen_p = sample(logits, uniform)
+    assert torch.allclose(token.flatten().bincount(minlength=5) / 50_000, p, atol=0.01)
+    assert torch.allclose(chosen_p, p[token])
+    token, chosen_p = sample(logits, uniform, top_k=2)
+    assert torch.allclose(token.flatten().bincount(minlength=5) / 50_000, torch.tensor([0.625, 0, 0.375, 0, 0]), atol=0.01)
+    edges = torch.tensor([[0.0], [1 - 2 ** -24]])
+    assert sample(logits[:2], edges)[0].flatten().tolist() == [0, 4]
+
+
+def test_images_and_captions_of_a_real_model(cfg, model, batch):
+    image_tokens, trace = draw_image(model, batch["text_tokens"], batch["text_lengths"], torch.Generator().manual_seed(0))
+    assert image_tokens.shape == (5, cfg.image_tokens) and len(trace) == cfg.image_steps
+    assert (0 <= image_tokens).all() and (image_tokens < cfg.codebook_size).all()
+    text_tokens, lengths, trace = write_text(model, image_tokens, torch.Generator().manual_seed(0))
+    assert torch.equal(lengths, predict_length(model, image_tokens))
+    assert ((1 <= lengths) & (lengths <= cfg.text_length)).all()
+    assert (0 <= text_tokens).all() and (text_tokens < cfg.text_vocab).all() and len(trace) == cfg.text_steps
+    given = torch.tensor([1, 2, 3, 4, 6])
+    assert torch.equal(write_text(model, image_tokens, torch.Generator().manual_seed(0), given)[1], given)

@@ -1,0 +1,79 @@
+import random
+
+import numpy as np
+import pytest
+
+from nanomagvlt import shapes
+from nanomagvlt.metrics import as_json, evaluate_scenes, scene_table, share_over_scenes, unseen_scenes, wilson
+
+TINY = shapes.get_level("tiny")
+
+
+class Knows:
+    """Draws what is asked and tells what is there; a tokenizer without loss."""
+
+    def draw(self, prompts, generator):
+        return np.stack([shapes.draw_scene(next(iter(self.meant(prompt))), TINY) for prompt in prompts])
+
+    def meant(self, prompt):
+        claim = shapes.parse(prompt)
+        return [scene for scene in shapes.enumerate_scenes(TINY) if shapes.judge(claim, scene).exact]
+
+    def caption(self, images, generator):
+        scenes = [reading.scene for reading in shapes.read_images(images, TINY)]
+        return [shapes.describe(scene, TINY, random.Random(0)) for scene in scenes], [7] * len(scenes)
+
+    def caption_lengths(self, captions):
+        return [7 if i % 2 else 8 for i in range(len(captions))]
+
+    def image_to_tokens(self, images):
+        return images
+
+    def tokens_to_image(self, tokens):
+        return tokens
+
+
+class Ignores(Knows):
+    """Draws and captions well, always the same scene."""
+    scene = next(shapes.enumerate_scenes(TINY))
+
+    def draw(self, prompts, generator):
+        return np.stack([shapes.draw_scene(self.scene, TINY)] * len(prompts))
+
+    def caption(self, images, generator):
+        return [shapes.describe(self.scene, TINY, random.Random(0))] * len(images), [7] * len(images)
+
+
+def test_one_who_knows_is_all_right_and_beats_one_who_ignores():
+    results = evaluate_scenes(Knows(), TINY, 20)
+    assert all(results[name].value == 1 for name in ("t2i_exact", "t2i_facts", "i2t_exact", "i2t_facts", "reconstruction"))
+    assert results["length"].value == results["length_constant"] == 0.5
+    assert results["t2i_exact_ignoring"].value < 0.1 and results["i2t_facts_ignoring"].value < 0.7
+    assert scene_table(results).count("1.000 [") == 5
+    assert as_json(results)["t2i_exact"]["value"] == 1
+
+
+def test_one_who_ignores_gets_what_ignoring_gets():
+    results = evaluate_scenes(Ignores(), TINY, 40)
+    assert results["t2i_exact"].value < 0.1 and results["i2t_exact"].value < 0.1
+    for task in ("t2i", "i2t"):
+        assert results[f"{task}_facts"].value == pytest.approx(results[f"{task}_facts_ignoring"].value, abs=0.02)
+
+
+def test_unseen_scenes_are_of_the_test_split_each_once():
+    scenes = unseen_scenes(TINY, 1000)
+    assert set(scenes) == {scene for scene in shapes.enumerate_scenes(TINY) if shapes.split_of(scene) == "test"}
+    assert len(unseen_scenes(TINY, 7)) == 7 == len(set(unseen_scenes(TINY, 7))) and len(scenes) == len(set(scenes))
+
+
+def test_wilson_interval_against_its_definition():
+    """The ends are the shares p whose z statistic is 1.96."""
+    for share, n in ((0.3, 50), (0.9, 10), (0.5, 1000)):
+        for p in wilson(share, n):
+            assert abs(share - p) / (p * (1 - p) / n) ** 0.5 == pytest.approx(1.96)
+    assert wilson(0.0, 100)[0] == 0 and wilson(1.0, 100)[1] == pytest.approx(1) and 0.02 < wilson(0.0, 100)[1] < 0.05
+
+
+def test_scenes_count_as_independent_not_phrasings():
+    share = share_over_scenes([1, 1, 1, 0, 0, 0, 0, 0], 2)
+    assert (share.value, (share.low, share.high)) == (0.375, wilson(0.375, 4))

@@ -1,0 +1,157 @@
+"""What a person types: every mistake gets one line that names it, status 2, and leaves nothing behind."""
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval
+import sample
+import train
+from nanomagvlt import checkpoint
+from nanomagvlt.bpe import BPE
+from nanomagvlt.config import preset
+from nanomagvlt.model import MAGVLT
+from nanomagvlt.vqgan import VQGAN
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
+prepare = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(prepare)
+SCRIPTS = {"train.py": train, "sample.py": sample, "eval.py": eval, "data/prepare.py": prepare}
+NEEDED = {"train.py": [], "sample.py": ["--prompt", "x"], "eval.py": [],
+          "data/prepare.py": ["--source", "shapes:micro", "--vqgan", "v.pt", "--out", "o"]}
+
+
+@pytest.fixture(autouse=True)
+def an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    """A run whose weights are as they start."""
+    torch.manual_seed(0)
+    cfg = preset("micro", bpe_merges=0, layers=1, width=16, heads=2, vq_channels=4, image_steps=2, text_steps=2)
+    path = tmp_path / "runs" / "x" / "last.pt"
+    path.parent.mkdir(parents=True)
+    checkpoint.save(path, "magvlt", cfg, step=1, model=MAGVLT(cfg).state_dict(), bpe=BPE([]).to_text(), vqgan=VQGAN(cfg).state_dict())
+    checkpoint.save(path.with_name("vqgan.pt"), "vqgan", cfg, step=1, vqgan=VQGAN(cfg).state_dict())
+    return path
+
+
+def refused(script: str, argv: list[str], capsys) -> str:
+    """The one line that the script says when it refuses."""
+    before = sorted(Path.cwd().rglob("*"))
+    with pytest.raises(SystemExit) as exit:
+        SCRIPTS[script].main(argv)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and error.startswith(f"{script}: "), error
+    assert sorted(Path.cwd().rglob("*")) == before
+    return error
+
+
+@pytest.mark.parametrize("script, argv, message", [
+    ("train.py", ["--widht", "3"], "unknown argument --widht; did you mean --width?"),
+    ("train.py", ["--preset", "tini"], "no preset 'tini'; did you mean 'tiny'?"),
+    ("train.py", ["--width", "130"], "width 130 is no multiple of heads 8"),
+    ("train.py", ["--width", "many"], "--width: invalid int value: 'many'"),
+    ("train.py", ["--layers", "0"], "layers 0 must be at least 1"),
+    ("train.py", ["--task-weights", "1,x"], "'1,x' is no list of numbers"),
+    ("train.py", ["--stage", "vqgn"], "--stage: invalid choice: 'vqgn'"),
+    ("train.py", ["--device", "cuda:9"], "--device cuda:9"),
+    ("train.py", ["extra"], "unknown argument extra"),
+    ("sample.py", ["--promt", "x"], "unknown argument --promt; did you mean --prompt?"),
+    ("sample.py", [], "give either --prompt"),
+    ("sample.py", ["--prompt", "x"], "run `python train.py --preset tiny`"),
+    ("sample.py", ["--prompt", "x", "--checkpoint", "no.pt"], "no.pt: there is no such file"),
+    ("sample.py", ["--prompt", "x", "--num-samples", "0"], "--num-samples 0: must be at least 1"),
+    ("eval.py", ["--num-scnes", "3"], "did you mean --num-scenes?"),
+    ("eval.py", ["scene"], "invalid choice: 'scene'"),
+    ("eval.py", ["--num-scenes", "0"], "--num-scenes 0: must be at least 1"),
+    ("eval.py", [], "run `python train.py --preset tiny`"),
+    ("eval.py", ["--checkpoint", "no.pt"], "no.pt: there is no such file"),
+    ("data/prepare.py", ["--sorce", "x"], "--source"),
+    ("data/prepare.py", NEEDED["data/prepare.py"], "v.pt: there is no such file"),
+])
+def test_mistakes_before_anything_is_trained(script, argv, message, capsys):
+    assert message in refused(script, argv, capsys)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--image", "none.png"], "none.png: No such file"),
+    (["--image", "text.png"], "text.png: not an image"),
+    (["--image", "."], "Is a directory"),
+    (["--prompt", "x", "--steps", "17"], "image_steps 17 must lie in 1..16"),
+    (["--prompt", "x", "--steps", "0"], "image_steps 0 must lie in 1..16"),
+    (["--prompt", "x", "--temperature", "0"], "image_temperature"),
+    (["--prompt", "x", "--top-k", "-1"], "image_top_k -1"),
+    (["--prompt", "x", "--out", "no/such/folder.png"], "no/such/folder.png: No such file"),
+    (["--prompt", "x", "--checkpoint", "text.png"], "text.png: not a checkpoint"),
+    (["--image", "text.png", "--prompt", "x"], "give either --prompt"),
+])
+def test_mistakes_in_sampling(argv, message, trained, capsys):
+    Path("text.png").write_text("no image")
+    assert message in refused("sample.py", argv, capsys)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--data", "nowhere"], "nowhere: no such folder or tar file"),
+    (["--data", "shapes:tinny"], "did you mean 'tiny'?"),
+    (["--vqgan", "no.pt"], "no.pt: there is no such file"),
+    (["--cache", "no"], "no/train: no token cache there; make it with data/prepare.py"),
+    (["--bpe", "no.txt"], "no.txt"),
+])
+def test_mistakes_that_training_finds_on_its_way(argv, message, trained, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.main(["--preset", "micro", "--pairs", "40", "--vq-images", "40", "--vqgan", "runs/x/vqgan.pt", "--vq-channels", "4", *argv])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 2 and last.startswith("train.py: ") and message in last
+
+
+def test_drawing_and_captioning(trained, capsys):
+    def drawn(*argv) -> np.ndarray:
+        sample.main(["--prompt", "a red circle", "--num-samples", "3", *argv])
+        return np.asarray(Image.open("samples.png"))
+    first = drawn()
+    assert "3 x 'a red circle' -> samples.png" in capsys.readouterr().out
+    assert np.array_equal(first, drawn()) and not np.array_equal(first, drawn("--seed", "1"))
+    assert not np.array_equal(first, drawn("--steps", "5", "--temperature", "2", "--top-k", "3"))
+    capsys.readouterr()
+    sample.main(["--image", "samples.png", "--num-samples", "3", "--checkpoint", str(trained)])
+    lines = capsys.readouterr().out.split("\n")
+    assert len(lines) == 5 and all(line.isprintable() for line in lines)
+
+
+def test_eval_scenes_writes_what_it_prints(trained, capsys):
+    eval.main(["scenes", "--num-scenes", "3", "--phrasings", "2", "--out", "scenes.json"])
+    results, out = json.loads(Path("scenes.json").read_text()), capsys.readouterr().out
+    assert results["scenes"] == 3 and f"{results['t2i_facts']['value']:.3f} [" in out
+    assert {"t2i_exact", "i2t_exact", "i2t_facts", "length", "reconstruction"} <= set(results)
+
+
+def test_prepare_then_train_on_it(trained, capsys):
+    for split in ("train", "val"):
+        prepare.main(["--source", "shapes:micro", "--vqgan", "runs/x/vqgan.pt", "--out", f"c/{split}", "--pairs", "40", "--split", split])
+    assert "40 pairs -> c/train" in capsys.readouterr().out
+    train.main(["--preset", "micro", "--vqgan", "runs/x/vqgan.pt", "--cache", "c", "--vq-channels", "4", "--layers", "1", "--width", "16",
+                "--heads", "2", "--steps", "2", "--eval-scenes", "2", "--name", "y"])
+    out = capsys.readouterr().out
+    assert "cache: reusing c/train, 40 pairs" in out and Path("runs/y/last.pt").exists()
+    prepare.main(["--source", "shapes:micro", "--vqgan", "runs/x/vqgan.pt", "--out", "d/train", "--pairs", "40"])
+    Path("d/train/meta.json").write_text(re.sub(r'"vqgan": "\w+"', '"vqgan": "another"', Path("d/train/meta.json").read_text()))
+    with pytest.raises(SystemExit):
+        train.main(["--preset", "micro", "--vqgan", "runs/x/vqgan.pt", "--cache", "d", "--vq-channels", "4", "--name", "z"])
+    assert "d/train was made with another VQ-GAN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_as_typed(script):
+    result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and script in result.stdout and result.stderr == ""

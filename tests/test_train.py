@@ -1,0 +1,139 @@
+"""Real runs of train.py, made small: one-object world, a model of a few thousand weights, six updates of each network."""
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+SMALL = ("--preset micro --pairs 60 --vq-images 60 --vq-steps 6 --vq-start 2 --vq-batch 4 --vq-channels 4 --vq-latent 8 "
+         "--codebook-size 16 --codebook-dim 4 --bpe-merges 20 --layers 1 --width 16 --heads 2 --dropout 0.1 --bpe-dropout 0.1 "
+         "--task-weights 1,1,1 --steps 6 --batch-size 4 --warmup 2 --log-every 1 --eval-every 3 --sample-every 6 --save-every 4 "
+         "--image-steps 2 --text-steps 2 --eval-scenes 3").split()
+
+
+def run(*more: str) -> Path:
+    train.main([*SMALL, *more])
+    return Path("runs/micro")
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def content(folder: Path) -> dict:
+    """All that a run wrote, by file name: checkpoints as loaded, everything else as bytes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): torch.load(path, weights_only=True) if path.suffix == ".pt" else path.read_bytes()
+            for path in files}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> dict:
+    """What an uninterrupted run writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("straight"))
+        return content(run())
+
+
+def test_a_run_leaves_what_the_readme_says(straight):
+    assert set(straight) == {"best.pt", "bpe.txt", "config.json", "last.pt", "log.jsonl", "samples/000006.png", "scenes.json",
+                             "vqgan.pt", "vqgan_log.jsonl"} | {f"cache/{split}/{name}" for split in ("train", "val") for name in
+                             ("caption_ends.bin", "captions.bin", "meta.json", "tokens.bin")}
+    log = [json.loads(line) for line in straight["log.jsonl"].splitlines()]
+    assert [line["step"] for line in log if "task" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in log if "val_mask" in line] == [3, 6]
+    assert straight["last.pt"]["step"] == 6 and straight["config.json"] != straight["scenes.json"]
+
+
+@pytest.mark.parametrize("update", [1, 3, 5])
+@pytest.mark.parametrize("stage", ["update_vqgan", "update_model"])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(stage, update, straight, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the middle of an update. Six updates of batch 4 on 60 pairs: the epoch is not over either."""
+    monkeypatch.chdir(tmp_path)
+    original = getattr(train, stage)
+
+    def with_ctrl_c(*args):
+        if args[-1] == update - 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+    monkeypatch.setattr(train, stage, with_ctrl_c)
+    run()
+    assert f"at step {update}; the same command goes on" in capsys.readouterr().out
+    monkeypatch.setattr(train, stage, original)
+    resumed = content(run())
+    assert f"going on at step {update}" in capsys.readouterr().out
+    assert [name for name in straight if not equal(straight[name], resumed[name])] == []
+    assert set(resumed) == set(straight)
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path, monkeypatch):
+    """Nothing is saved at update 5, so the last save, at 4, is what counts."""
+    monkeypatch.chdir(tmp_path)
+
+    def killed(*args, original=train.update_model):
+        return original(*args) if args[-1] < 5 else sys.exit(9)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "update_model", killed)
+        run()
+    assert equal(straight, content(run()))
+
+
+def test_a_finished_run_does_nothing_again(straight, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run()
+    before = content(tmp_path)
+    run()
+    assert equal(before, content(tmp_path))
+    out = capsys.readouterr().out
+    assert all(f"{stage}: reusing" in out for stage in ("vqgan", "cache", "bpe"))
+
+
+def test_another_seed_gives_another_run(straight, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = content(run("--seed", "1"))
+    assert not equal(straight["last.pt"]["model"], other["last.pt"]["model"])
+    assert not equal(straight["vqgan.pt"]["vqgan"], other["vqgan.pt"]["vqgan"])
+
+
+def test_a_run_does_not_change_its_settings(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("--stage", "bpe")
+    before = content(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run("--width", "24")
+    assert exit.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "width = 16, now it is 24: take another --name" in error and "\n" not in error
+    assert equal(before, content(tmp_path))
+
+
+def test_learning_rate():
+    rates = [train.learning_rate(step, 1.0, 10, 110) for step in range(111)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[60] == pytest.approx(0.5) and rates[110] == 0
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_tasks_are_drawn_by_weight(cfg):
+    cfg.task_weights = (8.0, 1.0, 1.0)
+    tasks = [train.draw_task(cfg, step) for step in range(2000)]
+    assert abs(tasks.count("t2i") / 2000 - 0.8) < 0.03 and abs(tasks.count("i2t") / 2000 - 0.1) < 0.03
+
+
+def test_no_decay_on_biases_norms_embeddings_positions(cfg, model):
+    decayed, rest = train.optimizer_for(model, cfg, 1e-3).param_groups
+    assert decayed["weight_decay"] == cfg.weight_decay and rest["weight_decay"] == 0
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(names[id(p)].endswith(".weight") and "norm" not in names[id(p)] for p in decayed["params"])
+    assert {"tokens.weight", "places.weight", "output_bias", "head.2.weight"} <= {names[id(p)] for p in rest["params"]}
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
