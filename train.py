@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from nanomagvlt import checkpoint, metrics, shapes
 from nanomagvlt.bpe import BPE
-from nanomagvlt.config import MAY_CHANGE, Config, Parser, add_config_flags, config_from_args
+from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, Parser, add_config_flags, config_from_args
 from nanomagvlt.data import (DataError, TokenCache, keyed_generator, keyed_seed, left_out, make_batch, read_pairs, rows_of_step,
                              to_images, to_pixels, write_cache, write_json)
 from nanomagvlt.generate import Generator, contact_sheet, pick_device
@@ -338,6 +338,19 @@ def save_samples(generator: Generator, cache: TokenCache, path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------- from the command line
 
+def with_tokenizers(cfg: Config, args) -> Config:
+    """cfg with what a given VQ-GAN and given merges fix. Raises ValueError where a flag says otherwise."""
+    if cfg.vqgan:
+        fixed = {name: getattr(checkpoint.load(cfg.vqgan, "vqgan")["config"], name) for name in VQGAN_FIELDS}
+        for name, value in fixed.items():
+            if getattr(args, name, value) != value:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}, but {cfg.vqgan} has {value}: leave the flag out")
+        cfg = dataclasses.replace(cfg, **fixed)
+    if cfg.bpe:
+        cfg = dataclasses.replace(cfg, text_vocab=BPE.load(cfg.bpe).vocab_size)
+    return cfg.check()
+
+
 def settle(cfg: Config, run: Path) -> None:
     """Makes the run's folder, or checks that the one there was begun with the same settings. Raises DataError."""
     path, settings = run / "config.json", dataclasses.asdict(cfg)
@@ -363,13 +376,11 @@ def main(argv: list[str] | None = None) -> None:
     run = Path("runs") / (args.name or args.preset)
     try:
         device = pick_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
-    with torch.device("meta"):
-        size = num_parameters(MAGVLT(cfg))
-    print(f"{device} ({torch.get_num_threads()} threads), preset {args.preset}, transformer of {size:,} parameters -> {run}/")
-
-    try:
+        cfg = with_tokenizers(cfg, args)
+        with torch.device("meta"):
+            size = num_parameters(MAGVLT(cfg))
+        print(f"{device} ({torch.get_num_threads()} threads), preset {args.preset}, transformer of at most {size:,} "
+              f"parameters -> {run}/")
         settle(cfg, run)
         stages(cfg, run, device, args.stage)
     except Stopped as what:

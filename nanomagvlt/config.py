@@ -133,10 +133,14 @@ class Config:
 
 
 PRESETS = {
-    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=400, steps=1000, eval_scenes=100,
+    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=600, steps=1000, eval_scenes=100,
                   eval_every=250, sample_every=500, save_every=250, task_weights=(1.0, 1.0, 0.0)),
     "tiny": dict(),
 }
+
+# Fields that a trained VQ-GAN fixes for whoever uses it.
+VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "vq_multipliers", "vq_res_blocks", "vq_attention",
+                "vq_latent", "vq_groups", "vq_patchwise")
 
 # Fields that a later run of the same name may change: they say how long and how often, not what.
 MAY_CHANGE = ("steps", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")

@@ -107,10 +107,11 @@ def test_mistakes_in_sampling(argv, message, trained, capsys):
     (["--vqgan", "no.pt"], "no.pt: there is no such file"),
     (["--cache", "no"], "no/train: no token cache there; make it with data/prepare.py"),
     (["--bpe", "no.txt"], "no.txt"),
+    (["--vq-channels", "8"], "--vq-channels 8, but runs/x/vqgan.pt has 4"),
 ])
 def test_mistakes_that_training_finds_on_its_way(argv, message, trained, capsys):
     with pytest.raises(SystemExit) as exit:
-        train.main(["--preset", "micro", "--pairs", "40", "--vq-images", "40", "--vqgan", "runs/x/vqgan.pt", "--vq-channels", "4", *argv])
+        train.main(["--preset", "micro", "--pairs", "40", "--vq-images", "40", "--vqgan", "runs/x/vqgan.pt", *argv])
     last = capsys.readouterr().err.splitlines()[-1]
     assert exit.value.code == 2 and last.startswith("train.py: ") and message in last
 
@@ -140,14 +141,14 @@ def test_prepare_then_train_on_it(trained, capsys):
     for split in ("train", "val"):
         prepare.main(["--source", "shapes:micro", "--vqgan", "runs/x/vqgan.pt", "--out", f"c/{split}", "--pairs", "40", "--split", split])
     assert "40 pairs -> c/train" in capsys.readouterr().out
-    train.main(["--preset", "micro", "--vqgan", "runs/x/vqgan.pt", "--cache", "c", "--vq-channels", "4", "--layers", "1", "--width", "16",
+    train.main(["--preset", "micro", "--vqgan", "runs/x/vqgan.pt", "--cache", "c", "--layers", "1", "--width", "16",
                 "--heads", "2", "--steps", "2", "--eval-scenes", "2", "--name", "y"])
     out = capsys.readouterr().out
     assert "cache: reusing c/train, 40 pairs" in out and Path("runs/y/last.pt").exists()
     prepare.main(["--source", "shapes:micro", "--vqgan", "runs/x/vqgan.pt", "--out", "d/train", "--pairs", "40"])
     Path("d/train/meta.json").write_text(re.sub(r'"vqgan": "\w+"', '"vqgan": "another"', Path("d/train/meta.json").read_text()))
     with pytest.raises(SystemExit):
-        train.main(["--preset", "micro", "--vqgan", "runs/x/vqgan.pt", "--cache", "d", "--vq-channels", "4", "--name", "z"])
+        train.main(["--preset", "micro", "--vqgan", "runs/x/vqgan.pt", "--cache", "d", "--name", "z"])
     assert "d/train was made with another VQ-GAN" in capsys.readouterr().err
 
 
