@@ -1,0 +1,110 @@
+"""Fetches published files: python data/download.py clip-bpe
+
+A download that broke off goes on where it stopped; a file whose digest is known is checked before it gets its name.
+data/README.md says what each file is, under which licence, and what to do when its host is gone.
+"""
+import hashlib
+import http.client
+import os
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # run as a script from anywhere, without installing
+
+from nanomagvlt.config import Parser
+
+# name: (file, address, SHA-256 where one is known)
+FILES = {
+    "clip-bpe": ("bpe_simple_vocab_16e6.txt.gz",
+                 "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+                 "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
+    "magvlt-base": ("magvlt-it2it-base.ckpt",
+                    "https://arena.kakaocdn.net/brainrepo/models/magvlt/magvlt-it2it-base.ckpt", ""),
+    "magvlt-large": ("magvlt-it2it-large.ckpt",
+                     "https://arena.kakaocdn.net/brainrepo/models/magvlt/magvlt-it2it-large.ckpt", ""),
+    "taming-vqgan": ("vqgan_imagenet_f16_16384.ckpt",
+                     "https://heibox.uni-heidelberg.de/d/a7530b09fed84f80a887/files/?p=%2Fckpts%2Flast.ckpt&dl=1", ""),
+}
+CHUNK = 1 << 20  # bytes
+
+
+class DownloadError(Exception):
+    """A file that could not be had; the message is one line that says why and what to do."""
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(url: str, path: Path, sha256: str = "") -> str:
+    """Fetches url to path by way of path.part, where an earlier try may have left a beginning. Returns its SHA-256.
+
+    A file that is there already is only checked. Raises DownloadError; what has come so far is then kept, unless it
+    is whole and wrong.
+    """
+    part = path.with_name(path.name + ".part")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _fetch(url, part)
+        except urllib.error.HTTPError as error:
+            raise DownloadError(f"{url}: {error.code} {error.reason}; data/README.md says where else to look") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise DownloadError(f"{url}: {getattr(error, 'reason', None) or error}; run the same command again to go on"
+                                ) from None
+    found = sha256_of(part if not path.exists() else path)
+    if sha256 and found != sha256:
+        part.unlink(missing_ok=True)
+        raise DownloadError(f"{path}: its SHA-256 is {found}, not {sha256}: delete it, and fetch it again")
+    if not path.exists():
+        os.replace(part, path)
+    return found
+
+
+def _fetch(url: str, part: Path) -> None:
+    """Appends to part what it lacks. Raises OSError or HTTPException where the connection does not last."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{have}":
+            return  # nothing is left to send: all of it is here
+        raise
+    with answer:
+        goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        have = have if goes_on else 0  # a server that cannot go on sends it all
+        total = have + int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
+        with (open(part, "ab" if goes_on else "wb") as file,
+              tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem) as bar):
+            while chunk := answer.read(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+    if total is not None and part.stat().st_size != total:
+        raise OSError(f"the connection broke off after {part.stat().st_size:,} of {total:,} bytes")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="data/download.py", description=__doc__)
+    parser.add_argument("names", nargs="+", choices=FILES, metavar="name", help=", ".join(FILES))
+    parser.add_argument("--to", type=Path, default=ROOT / "data" / "downloads", help="folder (default data/downloads)")
+    args = parser.parse(argv)
+    for name in args.names:
+        file, url, sha256 = FILES[name]
+        try:
+            found = download(url, args.to / file, sha256)
+        except DownloadError as error:
+            parser.error(str(error))
+        except OSError as error:
+            parser.error(f"{error.filename}: {error.strerror or error}")
+        print(f"{args.to / file}: SHA-256 {found}" + ("" if sha256 else " (none is published to compare it with)"))
+
+
+if __name__ == "__main__":
+    main()
