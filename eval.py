@@ -17,7 +17,8 @@ def scenes(args) -> None:
     generator = load_generator(path, args.device)
     source = generator.cfg.data
     if not source.startswith("shapes:"):
-        raise ValueError(f"{path} was trained on {source}, where right and wrong cannot be told exactly; scenes wants shapes")
+        raise ValueError(f"{path} was trained on {source}, where right and wrong cannot be told exactly: "
+                         "scenes wants shapes")
     print(f"{path} on {generator.device}: {source}")
     started = time.monotonic()
     results = metrics.evaluate_scenes(generator, shapes.get_level(source.removeprefix("shapes:")),
@@ -31,7 +32,8 @@ def scenes(args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="eval.py", description=__doc__)
-    parser.add_argument("what", nargs="?", default="scenes", choices=["scenes"], help="what to measure (default scenes)")
+    parser.add_argument("what", nargs="?", default="scenes", choices=["scenes"],
+                        help="what to measure (default scenes)")
     parser.add_argument("--checkpoint", type=Path, help="a last.pt or best.pt (default: the newest runs/*/last.pt)")
     parser.add_argument("--num-scenes", type=int, default=1000, help="at most this many unseen scenes (default 1000)")
     parser.add_argument("--phrasings", type=int, default=3, help="ways each is asked for (default 3)")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from nanomagvlt import checkpoint
+from nanomagvlt import checkpoint, published
 from nanomagvlt.config import Parser
 from nanomagvlt.data import BadSample, open_image, square
 from nanomagvlt.generate import contact_sheet, load_generator
@@ -22,11 +23,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, help="a last.pt or best.pt (default: the newest runs/*/last.pt)")
     parser.add_argument("--num-samples", type=int, default=8, help="how many pictures or captions (default 8)")
     parser.add_argument("--steps", type=int, help="decoding steps K (default: the checkpoint's)")
-    parser.add_argument("--temperature", type=float, help="sampling temperature at every step (default: the checkpoint's)")
-    parser.add_argument("--top-k", type=int, help="sample among this many likeliest tokens; 0: all (default: the checkpoint's)")
+    parser.add_argument("--temperature", type=float,
+                        help="sampling temperature at every step (default: the checkpoint's)")
+    parser.add_argument("--top-k", type=int,
+                        help="sample among this many likeliest tokens; 0: all (default: the checkpoint's)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same device, same result (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the PNG to write (default samples.png)")
+    group = parser.add_argument_group("for the authors' published checkpoints")
+    group.add_argument("--bpe", type=Path, default=published.CLIP_BPE,
+                       help="CLIP's merges (default: where data/download.py puts them)")
+    group.add_argument("--heads", type=int, default=0, help="attention heads (default: width / 128)")
+    group.add_argument("--sha256", default="", help="refuse a file that has another digest")
     args = parser.parse(argv)
     if (args.prompt is None) == (args.image is None):
         parser.error('give either --prompt "..." to draw or --image FILE to caption')
@@ -45,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 def sample(args) -> None:
     """Does what main() has understood. Raises ValueError, OSError or BadSample before anything is written."""
     path = args.checkpoint or checkpoint.newest()
-    generator = load_generator(path, args.device)
+    generator = load_generator(path, args.device, args.bpe, args.heads, args.sha256)
     given = {"steps": args.steps, "temperature": args.temperature, "top_k": args.top_k}
     if args.prompt is not None and args.temperature is not None:
         given["temperature"] = (args.temperature, args.temperature)
@@ -58,7 +66,8 @@ def sample(args) -> None:
         started = time.monotonic()
         pictures = generator.draw([args.prompt] * args.num_samples, chance)
         seconds = (time.monotonic() - started) / args.num_samples
-        contact_sheet(pictures, [""] * len(pictures)).save(args.out, format="PNG")
+        sheet = contact_sheet(pictures, [""] * len(pictures)) if len(pictures) > 1 else Image.fromarray(pictures[0])
+        sheet.save(args.out, format="PNG")
         print(f"{args.num_samples} x {args.prompt!r} -> {args.out} ({seconds:.2f} s a picture)")
     else:
         image = square(open_image(args.image.read_bytes()), generator.cfg.image_size)

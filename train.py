@@ -25,8 +25,8 @@ from tqdm import tqdm
 from nanomagvlt import checkpoint, metrics, shapes
 from nanomagvlt.bpe import BPE
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, Parser, add_config_flags, config_from_args
-from nanomagvlt.data import (DataError, TokenCache, keyed_generator, keyed_seed, left_out, make_batch, read_pairs, rows_of_step,
-                             to_images, to_pixels, write_cache, write_json)
+from nanomagvlt.data import (DataError, TokenCache, keyed_generator, keyed_seed, left_out, make_batch, read_pairs,
+                             rows_of_step, to_images, to_pixels, write_cache, write_json)
 from nanomagvlt.generate import Generator, contact_sheet, pick_device
 from nanomagvlt.model import MAGVLT, num_parameters
 from nanomagvlt.objectives import loss_terms, total_loss
@@ -35,7 +35,7 @@ from nanomagvlt.vqgan import VQGAN, Codebook, codebook_use
 
 STAGES = ("vqgan", "cache", "bpe", "model")
 EXAMPLES = """examples:
-  python train.py --preset tiny                                    the small world, about 20 minutes on a laptop CPU
+  python train.py --preset tiny                                    the small world, in minutes on a laptop CPU
   python train.py --preset tiny --name wide --width 192            another run beside it
   python train.py --data 'shards/*.tar' --val-data 'val/*.tar'     your own pairs, as img2dataset writes them
 """
@@ -135,10 +135,10 @@ def train_vqgan(cfg: Config, path: Path, device: torch.device) -> VQGAN:
             if step % cfg.log_every == 0:
                 share, perplexity = codebook_use(codes, cfg.codebook_size)
                 log.write(step=step, l1=l1.item(), commitment=commitment.item(), used=share, perplexity=perplexity)
-                bar.set_postfix_str(f"l1 {l1.item():.4f}, {share * cfg.codebook_size:.0f} codes, perplexity {perplexity:.1f}")
+                bar.set_postfix_str(f"l1 {l1.item():.4f}, perplexity {perplexity:.1f}, {share:.0%} of codes")
             if step % cfg.save_every == 0 or step == cfg.vq_steps or stop.came:
-                checkpoint.save(path, "vqgan", cfg, step=step, vqgan=model.state_dict(), optimizer=optimizer.state_dict(),
-                                codebook=codebook.state_dict())
+                checkpoint.save(path, "vqgan", cfg, step=step, vqgan=model.state_dict(),
+                                optimizer=optimizer.state_dict(), codebook=codebook.state_dict())
             if stop.came and step < cfg.vq_steps:
                 raise Stopped(f"{path} at step {step}")
     report_vqgan(model.eval(), cfg, images)
@@ -186,7 +186,8 @@ def report_vqgan(vqgan: VQGAN, cfg: Config, images: np.ndarray) -> None:
     painted = torch.cat([vqgan.decode(part) for part in codes.split(100)])
     share, perplexity = codebook_use(codes, cfg.codebook_size)
     psnr = 10 * math.log10(4 / (painted.clamp(-1, 1) - pixels).square().mean().item())
-    line = f"vqgan: PSNR {psnr:.1f} dB, {round(share * cfg.codebook_size)} of {cfg.codebook_size} codes used, perplexity {perplexity:.1f}"
+    used = f"{round(share * cfg.codebook_size)} of {cfg.codebook_size} codes used"
+    line = f"vqgan: PSNR {psnr:.1f} dB, {used}, perplexity {perplexity:.1f}"
     if cfg.data.startswith("shapes:"):
         level = shapes.get_level(cfg.data.removeprefix("shapes:"))
         seen, truth = shapes.read_images(to_images(painted), level), shapes.read_images(images[:500], level)
@@ -211,7 +212,7 @@ def make_caches(cfg: Config, run: Path, vqgan: VQGAN) -> dict[str, TokenCache]:
             caches[split] = write_cache(folder, pairs, vqgan, {"vqgan": digest, "source": cfg.data})
             print(f"cache: {counts['good']:,} pairs -> {folder}{left_out(counts)}")
         if split in caches and caches[split].meta["vqgan"] != digest:
-            raise DataError(f"{folder} was made with another VQ-GAN: name the right one with --vqgan, or delete the folder")
+            raise DataError(f"{folder} was made with another VQ-GAN: name the right one with --vqgan, or delete it")
     return caches
 
 
@@ -238,8 +239,8 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, best = state["step"], state["best"]
-    print(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, {cfg.steps:,} updates of {cfg.batch_size}"
-          + (f", going on at step {step:,}" if step else ""))
+    print(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, "
+          f"{cfg.steps:,} updates of {cfg.batch_size}" + (f", going on at step {step:,}" if step else ""))
 
     def save(name):
         checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, model=model.state_dict(), bpe=bpe.to_text(),
@@ -254,13 +255,14 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
             if step % cfg.log_every == 0:
                 values = {name: term.item() for name, term in terms.items()}
                 log.write(step=step, task=task, lr=optimizer.param_groups[0]["lr"], norm=norm.item(), **values)
-                recent[task] = " ".join(f"{value:.3f}" for value in values.values())
+                recent[task] = f"{task} " + " ".join(f"{value:.3f}" for value in values.values())
                 rate = cfg.batch_size * (bar.format_dict["rate"] or 0)
-                bar.set_postfix_str(", ".join(f"{t} {v}" for t, v in sorted(recent.items())) + f", {rate:.0f} samples/s")
+                bar.set_postfix_str(f"{', '.join(sorted(recent.values()))}, {rate:.0f} samples/s")
             if (step % cfg.eval_every == 0 or step == cfg.steps) and "val" in caches:
                 losses = validate(model, cfg, caches["val"], bpe)
                 log.write(step=step, **{f"val_{name}": value for name, value in losses.items()})
-                tqdm.write(f"step {step:,}: validation " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+                shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+                tqdm.write(f"step {step:,}: validation {shown}")
                 if losses["mask"] < best:
                     best = losses["mask"]
                     save("best.pt")
@@ -310,10 +312,12 @@ def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[st
     sums, batches = defaultdict(float), max(1, min(8, len(cache) // cfg.batch_size))
     for i in range(batches):
         rows = rows_of_step(i, cfg.batch_size, len(cache), cfg.seed)
-        batch = {name: tensor.to(model.device) for name, tensor in make_batch(cache, bpe, rows, cfg.text_length).items()}
+        batch = make_batch(cache, bpe, rows, cfg.text_length)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        draw = partial(uniform, model.device, cfg.batch_size, cfg.seed, f"val {i}")
         for task, weight in zip(TASKS, cfg.task_weights):
             if weight:
-                terms = loss_terms(model, task, batch, partial(uniform, model.device, cfg.batch_size, cfg.seed, f"val {i}"))
+                terms = loss_terms(model, task, batch, draw)
                 sums[task] += terms["mask"].item() / batches
                 sums["mask"] += terms["mask"].item() / batches * weight / sum(cfg.task_weights)
                 if "length" in terms:
@@ -344,7 +348,8 @@ def with_tokenizers(cfg: Config, args) -> Config:
         fixed = {name: getattr(checkpoint.load(cfg.vqgan, "vqgan")["config"], name) for name in VQGAN_FIELDS}
         for name, value in fixed.items():
             if getattr(args, name, value) != value:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}, but {cfg.vqgan} has {value}: leave the flag out")
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}, but {cfg.vqgan} has {value}: "
+                                 "leave the flag out")
         cfg = dataclasses.replace(cfg, **fixed)
     if cfg.bpe:
         cfg = dataclasses.replace(cfg, text_vocab=BPE.load(cfg.bpe).vocab_size)
@@ -359,8 +364,9 @@ def settle(cfg: Config, run: Path) -> None:
         changed = [name for name in settings if json.loads(json.dumps(settings[name])) != before.get(name)
                    and name not in MAY_CHANGE]
         if changed:
-            raise DataError(f"{run} was begun with {changed[0]} = {before.get(changed[0])}, now it is {settings[changed[0]]}"
-                            ": take another --name, or delete the folder")
+            name = changed[0]
+            raise DataError(f"{run} was begun with {name} = {before.get(name)}, now it is {settings[name]}: "
+                            "take another --name, or delete the folder")
     run.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 
@@ -409,7 +415,8 @@ def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
     torch.manual_seed(keyed_seed(cfg.seed, "weights"))
     generator = Generator(MAGVLT(cfg).to(device), vqgan, bpe, cfg)
     train_model(cfg, run, caches, generator)
-    print(f"trained in {(time.monotonic() - started) / 60:.1f} minutes -> {run / 'last.pt'}; samples in {run / 'samples'}/")
+    minutes = (time.monotonic() - started) / 60
+    print(f"trained in {minutes:.1f} minutes -> {run / 'last.pt'}; samples in {run / 'samples'}/")
     if cfg.data.startswith("shapes:"):
         generator.model.eval()
         level = shapes.get_level(cfg.data.removeprefix("shapes:"))

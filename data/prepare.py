@@ -22,7 +22,8 @@ from nanomagvlt.generate import pick_device
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="data/prepare.py", description=__doc__)
-    parser.add_argument("--source", required=True, help="shapes:LEVEL, a folder, or tar shards (a path or 'pattern*.tar')")
+    parser.add_argument("--source", required=True,
+                        help="shapes:LEVEL, a folder, or tar shards (a path or 'pattern*.tar')")
     parser.add_argument("--vqgan", required=True, type=Path, help="the vqgan.pt that makes the image tokens")
     parser.add_argument("--out", required=True, type=Path, help="the folder to write: caches/NAME/train or .../val")
     parser.add_argument("--pairs", type=int, default=40_000, help="pairs to draw of shapes (default 40000)")

@@ -39,7 +39,7 @@ def load(path: str | Path, kind: str) -> dict:
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: there is no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged or foreign file fails in any of a dozen ways inside the unpickler
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: not a checkpoint of nanomagvlt, or a damaged one ({reason[:100]})") from None
@@ -56,22 +56,26 @@ def load(path: str | Path, kind: str) -> dict:
 def load_vqgan(path: str | Path) -> VQGAN:
     """The VQ-GAN of a "vqgan" checkpoint, in evaluation mode. Raises CheckpointError."""
     content = load(path, "vqgan")
-    return _filled(VQGAN(content["config"]), content["vqgan"], path).eval()
+    return _filled(VQGAN, content["config"], content["vqgan"], path).eval()
 
 
 def load_magvlt(path: str | Path) -> tuple[MAGVLT, VQGAN, BPE]:
     """The transformer, VQ-GAN and text tokenizer of a "magvlt" checkpoint, ready to sample. Raises CheckpointError."""
     content = load(path, "magvlt")
     cfg = content["config"]
-    return (_filled(MAGVLT(cfg), content["model"], path).eval(), _filled(VQGAN(cfg), content["vqgan"], path).eval(),
+    return (_filled(MAGVLT, cfg, content["model"], path).eval(), _filled(VQGAN, cfg, content["vqgan"], path).eval(),
             BPE.from_text(content["bpe"]))
 
 
-def _filled(module: torch.nn.Module, state: dict, path: str | Path) -> torch.nn.Module:
+def _filled(kind: type[torch.nn.Module], cfg: Config, state: dict, path: str | Path) -> torch.nn.Module:
+    """A module that takes the loaded tensors for its own: nothing is initialised in vain, nothing copied."""
+    with torch.device("meta"):
+        module = kind(cfg)
     try:
-        module.load_state_dict(state)
+        module.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: its tensors do not fit its configuration ({str(error).splitlines()[1].strip()})") from None
+        reason = str(error).splitlines()[1].strip()
+        raise CheckpointError(f"{path}: its tensors do not fit its configuration ({reason})") from None
     return module
 
 

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 class Config:
     # Data
     data: str = "shapes:tiny"                # shapes:LEVEL, a folder of images with .txt beside them, or tar shards
-    val_data: str = ""                       # pairs to validate on, in the same forms; empty: held-out shapes, else none
+    val_data: str = ""                       # pairs to validate on, in the same forms; empty: held-out shapes or none
     cache: str = ""                          # a folder of token caches, train/ and val/; empty: make them from the data
     pairs: int = 40_000                      # pairs that a shapes cache holds; files are always read whole
     image_size: int = 32                     # pixels a side; P 256
     text_length: int = 24                    # N_T: most text tokens in a caption, its end token included; P 64
     # Text tokens
     bpe: str = ""                            # a merges file to use; empty: train one on the captions
-    bpe_merges: int = 100                    # merges to train; the vocabulary is 512 bytes + merges + 2 special; P 48,894
+    bpe_merges: int = 100                    # merges to train; vocabulary: 512 bytes + merges + 2 special; P 48,894
     bpe_dropout: float = 0.0                 # share of merges left undone in training; P 0.1
     text_vocab: int = 0                      # V_T: size of the text vocabulary; 0: 512 + bpe_merges + 2; P 49,408
     # Image tokens: the VQ-GAN, in taming-transformers' terms
@@ -34,7 +34,7 @@ class Config:
     codebook_size: int = 128                 # V_I: image vocabulary; P 16,384
     codebook_dim: int = 32                   # size of a code vector; P 256
     vq_channels: int = 16                    # channels at full resolution; P 128
-    vq_multipliers: tuple[int, ...] = (1, 1, 2, 4)  # channels a level; each level after the first halves the side; P 1,1,2,2,4
+    vq_multipliers: tuple[int, ...] = (1, 1, 2, 4)  # channels a level; each but the first halves the side; P 1,1,2,2,4
     vq_res_blocks: int = 1                   # residual blocks a level (one more in the decoder); P 2
     vq_attention: tuple[int, ...] = ()       # sides of the feature maps that get attention; P 16
     vq_latent: int = 64                      # channels where encoder and decoder meet; P 256
@@ -123,9 +123,11 @@ class Config:
             (self.text_top_k < 0, f"text_top_k {self.text_top_k} must be at least 0"),
             (self.text_temperature <= 0, f"text_temperature {self.text_temperature} must be > 0"),
         ]
-        at_least_one = ("pairs image_size text_length codebook_size codebook_dim vq_channels vq_latent vq_groups vq_images vq_batch "
-                        "layers width heads batch_size text_steps log_every eval_every sample_every save_every").split()
-        problems += [(getattr(self, name) < 1, f"{name} {getattr(self, name)} must be at least 1") for name in at_least_one]
+        at_least_one = ("pairs image_size text_length codebook_size codebook_dim vq_channels vq_latent vq_groups "
+                        "vq_images vq_batch layers width heads batch_size text_steps "
+                        "log_every eval_every sample_every save_every")
+        problems += [(getattr(self, name) < 1, f"{name} {getattr(self, name)} must be at least 1")
+                     for name in at_least_one.split()]
         for is_wrong, message in problems:
             if is_wrong:
                 raise ValueError(message)
@@ -136,11 +138,18 @@ PRESETS = {
     "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=600, steps=1000, eval_scenes=100,
                   eval_every=250, sample_every=500, save_every=250, task_weights=(1.0, 1.0, 0.0)),
     "tiny": dict(),
+    "base": dict(data="", image_size=256, text_length=64, text_vocab=49_408, bpe_dropout=0.1, codebook_size=16_384,
+                 codebook_dim=256, vq_channels=128, vq_multipliers=(1, 1, 2, 2, 4), vq_res_blocks=2, vq_attention=(16,),
+                 vq_latent=256, vq_groups=32, vq_patchwise=False, layers=24, width=1024, heads=8, dropout=0.1,
+                 init_std=0.02, task_weights=(8.0, 1.0, 1.0), label_smoothing=0.1, steps=40_000, batch_size=4096,
+                 lr=4.5e-4, warmup=1000),
 }
 
+PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=80_000)
+
 # Fields that a trained VQ-GAN fixes for whoever uses it.
-VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "vq_multipliers", "vq_res_blocks", "vq_attention",
-                "vq_latent", "vq_groups", "vq_patchwise")
+VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "vq_multipliers", "vq_res_blocks",
+                "vq_attention", "vq_latent", "vq_groups", "vq_patchwise")
 
 # Fields that a later run of the same name may change: they say how long and how often, not what.
 MAY_CHANGE = ("steps", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")

@@ -44,6 +44,8 @@ MAX_PIXELS = 64_000_000   # more is refused unread: a few bytes of PNG can claim
 MAX_ASPECT = 20           # a longer strip has nothing to show after a square crop
 MAX_BAD_SHARE = 0.05      # a source worse than this is a mistake, not bad luck
 
+Content = Callable[[], bytes]  # what is in a file, read when it is asked for
+
 
 @dataclass
 class Pair:
@@ -143,8 +145,8 @@ def read_pairs(source: str, image_size: int, counts: Counter, num_shapes: int = 
     if counts["good"] == 0:
         raise DataError(f"{source}: no usable pair of an image and a caption" + (f" ({reasons})" if reasons else ""))
     if bad > MAX_BAD_SHARE * (bad + counts["good"]):
-        raise DataError(f"{source}: {bad} of {bad + counts['good']} samples are bad, more than {MAX_BAD_SHARE:.0%} ({reasons})"
-                        ": mend or remove them")
+        raise DataError(f"{source}: {bad} of {bad + counts['good']} samples are bad, more than {MAX_BAD_SHARE:.0%} "
+                        f"({reasons}): mend or remove them")
 
 
 def _read_shapes(source, image_size, counts, num_shapes, split, seed) -> Iterator[Pair]:
@@ -161,7 +163,7 @@ def _read_shapes(source, image_size, counts, num_shapes, split, seed) -> Iterato
         yield Pair(f"{i:09d}", shapes.draw_scene(scene, level, rng), shapes.describe(scene, level, rng))
 
 
-def _read_files(source: str, counts: Counter) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
+def _read_files(source: str, counts: Counter) -> Iterator[tuple[str, str, Content]]:
     """Key, suffix and content (read on demand) of the files of a folder or of tar shards, those of one key together.
 
     In a folder a key is the name without its suffix; in a shard it ends at the first dot, as webdataset has it.
@@ -188,22 +190,22 @@ def _read_files(source: str, counts: Counter) -> Iterator[tuple[str, str, Callab
             counts["broken or truncated shard"] += 1
 
 
-def _grouped(files: Iterable[tuple[str, str, Callable[[], bytes]]]) -> Iterator[tuple[str, dict[str, Callable[[], bytes]]]]:
+def _grouped(files: Iterable[tuple[str, str, Content]]) -> Iterator[tuple[str, dict[str, Content]]]:
     """Neighbouring files of one key: the key, and the contents by suffix."""
     for key, group in groupby(files, key=lambda file: file[0]):
-        members: dict[str, Callable[[], bytes]] = {}
+        members: dict[str, Content] = {}
         for _, suffix, content in group:
             members["duplicate" if suffix in members else suffix] = content
         yield key.rpartition("/")[2], members
 
 
-def _assemble(key: str, members: dict[str, Callable[[], bytes]], image_size: int) -> Pair:
+def _assemble(key: str, members: dict[str, Content], image_size: int) -> Pair:
     caption = members.pop("txt", bytes)().decode("utf-8", errors="replace")
     meta = members.pop("json", bytes)()
     if "duplicate" in members:
         raise BadSample("two files of one name")
     if not caption.strip() and meta:
-        with contextlib.suppress(ValueError, AttributeError):  # broken JSON, or JSON that is no object: no caption there
+        with contextlib.suppress(ValueError, AttributeError):  # broken JSON, or no object: no caption there
             caption = json.loads(meta).get("caption") or ""
     caption = " ".join(str(caption).split())
     if not caption:
@@ -222,8 +224,9 @@ class TokenCache:
         folder = Path(folder)
         try:
             self.meta = json.loads((folder / "meta.json").read_text())
-            self.tokens = np.memmap(folder / "tokens.bin", np.uint16, "r", shape=(self.meta["pairs"], self.meta["image_tokens"]))
-            self.ends = np.memmap(folder / "caption_ends.bin", np.int64, "r", shape=(self.meta["pairs"],))
+            pairs, num_tokens = self.meta["pairs"], self.meta["image_tokens"]
+            self.tokens = np.memmap(folder / "tokens.bin", np.uint16, "r", shape=(pairs, num_tokens))
+            self.ends = np.memmap(folder / "caption_ends.bin", np.int64, "r", shape=(pairs,))
             self.text = np.memmap(folder / "captions.bin", np.uint8, "r", shape=(int(self.ends[-1]),))
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder}: no whole token cache ({error}); make it with data/prepare.py") from None
@@ -242,15 +245,17 @@ class TokenCache:
 
 
 def write_cache(folder: str | Path, pairs: Iterable[Pair], vqgan, meta: dict, batch_size: int = 64) -> TokenCache:
-    """Tokenises pairs with the VQ-GAN into a TokenCache; meta is put into its meta.json. The folder is whole or absent."""
+    """Tokenises pairs with the VQ-GAN into a TokenCache, whole or absent; meta is put into its meta.json."""
     folder = Path(folder)
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     device = vqgan.quantize.embedding.weight.device
     num_pairs = end = num_tokens = 0
-    with (contextlib.ExitStack() as on_error, open(unfinished / "tokens.bin", "wb") as token_file,
-          open(unfinished / "captions.bin", "wb") as caption_file, open(unfinished / "caption_ends.bin", "wb") as end_file):
+    with (contextlib.ExitStack() as on_error,
+          open(unfinished / "tokens.bin", "wb") as token_file,
+          open(unfinished / "captions.bin", "wb") as caption_file,
+          open(unfinished / "caption_ends.bin", "wb") as end_file):
         on_error.callback(shutil.rmtree, unfinished)
         for batch in batched(pairs, batch_size):
             with torch.inference_mode():
@@ -297,7 +302,7 @@ def _permutation(num_items: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def rows_of_step(step: int, batch_size: int, num_items: int, seed: int) -> np.ndarray:
-    """The rows (B,) of a batch: every row once an epoch, in an order of its own each epoch. A function of step alone."""
+    """The rows (B,) of a batch, a function of step alone: every row once an epoch, each epoch in another order."""
     place = np.arange(step * batch_size, (step + 1) * batch_size)                                    # (B,)
     epoch, offset = place // num_items, place % num_items
     rows = np.empty_like(place)

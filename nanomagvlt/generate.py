@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from nanomagvlt import checkpoint, decode
+from nanomagvlt import checkpoint, decode, published
 from nanomagvlt.bpe import BPE
 from nanomagvlt.config import Config
 from nanomagvlt.data import encode_captions, to_images, to_pixels
@@ -84,9 +84,18 @@ class Generator:
                                for tokens in image_tokens.split(self.batch_size)])
 
 
-def load_generator(path: str | Path, device: str = "auto") -> Generator:
-    """A trained checkpoint, ready to draw and caption. Raises ValueError with one line where it cannot be used."""
-    model, vqgan, bpe = checkpoint.load_magvlt(path)
+def load_generator(path: str | Path, device: str = "auto", bpe_file: str | Path = published.CLIP_BPE, heads: int = 0,
+                   sha256: str = "") -> Generator:
+    """A trained checkpoint, ours or the authors', ready to draw and caption.
+
+    bpe_file, heads and sha256 matter to the authors' files alone, which do not say them: CLIP's merges, the number of
+    heads (0: width / 128), the digest to insist on. Raises ValueError with one line where it cannot be used.
+    """
+    if published.looks_published(path):
+        model, vqgan = published.load_magvlt(path, heads, sha256)
+        bpe = published.release_bpe(bpe_file, model.cfg)
+    else:
+        model, vqgan, bpe = checkpoint.load_magvlt(path)
     device = pick_device(device)
     return Generator(model.to(device), vqgan.to(device), bpe, model.cfg)
 
@@ -108,7 +117,8 @@ def contact_sheet(images: np.ndarray, labels: list[str], columns: int = 4, side:
     lines = [textwrap.wrap(label, max(8, side // 7)) for label in labels]
     label_height = 15 * max((len(text) for text in lines), default=0)
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + margin) + margin, rows * (side + label_height + margin) + margin), "white")
+    width, height = columns * (side + margin) + margin, rows * (side + label_height + margin) + margin
+    sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         x, y = margin + i % columns * (side + margin), margin + i // columns * (side + label_height + margin)

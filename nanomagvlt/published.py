@@ -126,15 +126,15 @@ def vqgan_sizes(state: dict[str, Tensor], image_tokens: int = 0) -> dict:
     """Config fields of a VQ-GAN, from its tensors. Without image_tokens, N, images are taken to be 256 pixels."""
     levels = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.down."))
     channels = state["encoder.conv_in.weight"].shape[0]
-    patch = 2 ** (levels - 1)
-    image_size = math.isqrt(image_tokens) * patch if image_tokens else 256
+    image_size = math.isqrt(image_tokens) * 2 ** (levels - 1) if image_tokens else 256
+    wide = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
     return dict(
         image_size=image_size, vq_channels=channels, vq_groups=32, vq_patchwise=False,
         codebook_size=state["quantize.embedding.weight"].shape[0],
         codebook_dim=state["quantize.embedding.weight"].shape[1],
         vq_latent=state["quant_conv.weight"].shape[1],
-        vq_multipliers=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // channels for i in range(levels)),
-        vq_res_blocks=sum(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", name) is not None for name in state),
+        vq_multipliers=tuple(c // channels for c in wide),
+        vq_res_blocks=sum(re.fullmatch(r"encoder.down.0.block.\d+.conv1.weight", name) is not None for name in state),
         vq_attention=tuple(image_size // 2 ** i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state))
 
 

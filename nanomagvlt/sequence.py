@@ -77,12 +77,14 @@ def real_places(lengths: Tensor, num_text: int) -> Tensor:
 
 
 def build(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor,
-          text_tokens: Tensor, text_is_masked: Tensor, text_lengths: Tensor) -> Sequence:
+          text_tokens: Tensor, text_is_masked: Tensor, text_lengths: Tensor,
+          selector: Tensor | None = None) -> Sequence:
     """Puts a batch of pairs in the order of the task.
 
     image_tokens (B, N) in [0, V_I), text_tokens (B, T) in [0, V_T), the masks (B, N) and (B, T) bool,
     text_lengths (B,) in 1..T: the caption's tokens, its end token included. What stands in masked places, and in
-    text places from `text_lengths` on, cannot be seen by any real token.
+    text places from `text_lengths` on, cannot be seen by any real token. selector (B,) is LEFT, RIGHT, TOP or BOTTOM
+    where two pairs are mixed: it takes BOG's place.
     """
     (batch, n), t = image_tokens.shape, text_tokens.shape[1]
     device = image_tokens.device
@@ -102,6 +104,8 @@ def build(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor,
     specials = [name for name in ORDER[task] if name not in pieces]
     for k, name in enumerate(specials):  # one place each, the k-th on special row k; never masked, always real
         ids = torch.full((batch, 1), first_special_token + SPECIAL_TOKENS.index(name), device=device)
+        if name == "BOG" and selector is not None:
+            ids = first_special_token + selector[:, None]
         row = rows(first_special_place + k, 1)
         pieces[name] = (ids, row, row, torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
 

@@ -13,6 +13,8 @@ What trains the codebook, its moving averages, lives outside the network, in Cod
 Shapes: B batch, S image side in pixels, G = sqrt(N) tokens a side, C channels, V codes. Pixels are in [-1, 1].
 Read on in bpe.py.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -210,7 +212,7 @@ class VQGAN(nn.Module):
 
     def vectors_of(self, image_tokens: Tensor) -> Tensor:
         """Image tokens (B, G*G) -> their codebook vectors (B, codebook_dim, G, G)."""
-        b, g = len(image_tokens), self.cfg.grid
+        b, g = len(image_tokens), math.isqrt(image_tokens.shape[1])
         return self.quantize.embedding(image_tokens).view(b, g, g, -1).permute(0, 3, 1, 2)
 
     def paint(self, vectors: Tensor) -> Tensor:

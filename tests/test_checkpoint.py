@@ -16,7 +16,8 @@ class Malicious:
 
 
 def save(path, cfg, model):
-    checkpoint.save(path, "magvlt", cfg, step=3, model=model.state_dict(), bpe=BPE([]).to_text(), vqgan=VQGAN(cfg).state_dict())
+    checkpoint.save(path, "magvlt", cfg, step=3, model=model.state_dict(), bpe=BPE([]).to_text(),
+                    vqgan=VQGAN(cfg).state_dict())
 
 
 def test_there_and_back(cfg, model, tmp_path):
@@ -42,9 +43,11 @@ def test_files_that_are_no_checkpoint(cfg, model, tmp_path, monkeypatch):
     content = torch.load("good.pt", weights_only=True)
     torch.save({**content, "config": {**content["config"], "widht": 3}}, tmp_path / "config.pt")
     torch.save({**content, "config": {**content["config"], "width": 32}}, tmp_path / "shape.pt")
-    for name, message in {"none.pt": "no such file", "cut.pt": "not a checkpoint", "text.pt": "not a checkpoint",
-                          "malicious.pt": "not a checkpoint", "list.pt": "something else", "vqgan.pt": "holds vqgan, where a magvlt",
-                          "config.pt": "did you mean 'width'", "shape.pt": "tensors do not fit"}.items():
+    for name, message in {
+            "none.pt": "no such file", "cut.pt": "not a checkpoint", "text.pt": "not a checkpoint",
+            "malicious.pt": "not a checkpoint", "list.pt": "something else", "vqgan.pt": "holds vqgan, where a magvlt",
+            "config.pt": "did you mean 'width'", "shape.pt": "tensors do not fit"
+    }.items():
         with pytest.raises(CheckpointError, match=f"{re.escape(name)}: .*{message}") as error:
             checkpoint.load_magvlt(tmp_path / name)
         assert "\n" not in str(error.value)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from nanomagvlt.bpe import BPE
-from nanomagvlt.data import (BadSample, DataError, Pair, TokenCache, encode_captions, keyed_seed, make_batch, open_image, read_pairs,
-                             rows_of_step, square, to_images, to_pixels, write_cache)
+from nanomagvlt.data import (BadSample, DataError, Pair, TokenCache, encode_captions, keyed_seed, make_batch,
+                             open_image, read_pairs, rows_of_step, square, to_images, to_pixels, write_cache)
 from nanomagvlt.vqgan import VQGAN
 
 BPE_0 = BPE([])  # bytes alone
@@ -55,7 +55,8 @@ def test_every_image_of_the_manifest(shared):
 def test_every_tar_of_the_manifest(shared, tmp_path):
     """Among 200 good pairs, so that the 5% limit is not what is tested."""
     folder = shared / "data" / "bad_inputs"
-    good = {f"{i:06d}.{suffix}": data for i in range(200) for suffix, data in (("png", png()), ("txt", b"a red square"))}
+    members = {"png": png(), "txt": b"a red square"}
+    good = {f"{i:06d}.{suffix}": data for i in range(200) for suffix, data in members.items()}
     tar(tmp_path / "a_good.tar", good)
     for entry in json.loads((folder / "MANIFEST.json").read_text())["files"]:
         if not entry["file"].startswith("tars/"):
@@ -81,13 +82,14 @@ def test_a_folder_and_a_tar_give_the_same_pairs(tmp_path):
     for name, data in files.items():
         (tmp_path / "folder" / name).write_bytes(data)
     sources = tar(tmp_path / "x.tar", files), str(tmp_path / "folder")
-    a, b = ([(pair.key, pair.caption, pair.image[0, 0].tolist()) for pair in read_pairs(source, 32, Counter())] for source in sources)
+    a, b = ([(pair.key, pair.caption, pair.image[0, 0].tolist()) for pair in read_pairs(source, 32, Counter())]
+            for source in sources)
     assert a == b == [("a", "red", [255, 0, 0]), ("b", "blue", [0, 0, 255])]
 
 
 def test_dots_in_names(tmp_path):
     """In a folder the last dot begins the suffix; in a shard the first dot ends the key (webdataset)."""
-    files = {f"{key}.{suffix}": data for key in ("1.5x", "1.6x") for suffix, data in (("png", png()), ("txt", key.encode()))}
+    files = {"1.5x.png": png(), "1.5x.txt": b"1.5x", "1.6x.png": png(), "1.6x.txt": b"1.6x"}
     (tmp_path / "folder").mkdir()
     for name, data in files.items():
         (tmp_path / "folder" / name).write_bytes(data)
@@ -100,7 +102,8 @@ def test_sources_that_cannot_be_used(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"text")
     tar(tmp_path / "y.tar", {f"{i:03d}.{suffix}": data for i in range(100)
                              for suffix, data in (("png", png() if i % 15 else b"no"), ("txt", b"red"))})
-    for source, message in ((tmp_path / "none", "no such folder"), (tmp_path / "x.tar", "no usable pair.*1 x broken or truncated shard"),
+    for source, message in ((tmp_path / "none", "no such folder"),
+                            (tmp_path / "x.tar", "no usable pair.*1 x broken or truncated shard"),
                             (tmp_path / "y.tar", "7 of 100 samples are bad.*7 x not an image"),
                             ("shapes:tinny", "did you mean 'tiny'")):
         with pytest.raises(DataError, match=message):

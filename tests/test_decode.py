@@ -43,7 +43,8 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
 def test_an_oracle_is_recovered_in_any_number_of_steps(recipe):
     answer = torch.randint(V, (4, 16), generator=torch.Generator().manual_seed(1))
     for steps in range(1, 17):
-        tokens, trace = run(oracle(answer), torch.zeros_like(answer), torch.ones_like(answer, dtype=torch.bool), with_steps(recipe, steps))
+        tokens, trace = run(oracle(answer), torch.zeros_like(answer), torch.ones_like(answer, dtype=torch.bool),
+                            with_steps(recipe, steps))
         assert torch.equal(tokens, answer) and len(trace) == steps
 
 
@@ -93,7 +94,8 @@ def test_without_noise_the_most_confident_are_kept():
     logits[0, :, 4] = torch.linspace(14, 7, 16)
     for recipe in (IMAGE, TEXT):
         still = Recipe(**{**vars(recipe), "steps": 4, "noise": (0.0, 0.0), "temperature": (1.0, 1.0)})
-        _, trace = run(lambda tokens, is_masked: logits, torch.zeros(1, 16, dtype=torch.long), torch.ones(1, 16, dtype=torch.bool), still)
+        _, trace = run(lambda tokens, is_masked: logits, torch.zeros(1, 16, dtype=torch.long),
+                       torch.ones(1, 16, dtype=torch.bool), still)
         for step in trace[1:]:
             hidden = int(step.is_masked.sum())
             assert step.is_masked[0].tolist() == [False] * (16 - hidden) + [True] * hidden
@@ -119,13 +121,15 @@ def test_sample_follows_the_distribution_and_top_k():
     assert torch.allclose(token.flatten().bincount(minlength=5) / 50_000, p, atol=0.01)
     assert torch.allclose(chosen_p, p[token])
     token, chosen_p = sample(logits, uniform, top_k=2)
-    assert torch.allclose(token.flatten().bincount(minlength=5) / 50_000, torch.tensor([0.625, 0, 0.375, 0, 0]), atol=0.01)
+    assert torch.allclose(token.flatten().bincount(minlength=5) / 50_000, torch.tensor([0.625, 0, 0.375, 0, 0]),
+                          atol=0.01)
     edges = torch.tensor([[0.0], [1 - 2 ** -24]])
     assert sample(logits[:2], edges)[0].flatten().tolist() == [0, 4]
 
 
 def test_images_and_captions_of_a_real_model(cfg, model, batch):
-    image_tokens, trace = draw_image(model, batch["text_tokens"], batch["text_lengths"], torch.Generator().manual_seed(0))
+    image_tokens, trace = draw_image(model, batch["text_tokens"], batch["text_lengths"],
+                                     torch.Generator().manual_seed(0))
     assert image_tokens.shape == (5, cfg.image_tokens) and len(trace) == cfg.image_steps
     assert (0 <= image_tokens).all() and (image_tokens < cfg.codebook_size).all()
     text_tokens, lengths, trace = write_text(model, image_tokens, torch.Generator().manual_seed(0))

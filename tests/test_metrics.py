@@ -46,7 +46,8 @@ class Ignores(Knows):
 
 def test_one_who_knows_is_all_right_and_beats_one_who_ignores():
     results = evaluate_scenes(Knows(), TINY, 20)
-    assert all(results[name].value == 1 for name in ("t2i_exact", "t2i_facts", "i2t_exact", "i2t_facts", "reconstruction"))
+    assert all(results[name].value == 1
+               for name in ("t2i_exact", "t2i_facts", "i2t_exact", "i2t_facts", "reconstruction"))
     assert results["length"].value == results["length_constant"] == 0.5
     assert results["t2i_exact_ignoring"].value < 0.1 and results["i2t_facts_ignoring"].value < 0.7
     assert scene_table(results).count("1.000 [") == 5

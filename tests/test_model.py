@@ -8,8 +8,10 @@ from nanomagvlt.model import MAGVLT, num_parameters
 def build(task, cfg, batch, hide_text=True):
     g = torch.Generator().manual_seed(2)
     image_mask = torch.rand(5, cfg.image_tokens, generator=g) < 0.5
-    text_mask = (torch.rand(5, cfg.text_length, generator=g) < 0.5) & sequence.real_places(batch["text_lengths"], cfg.text_length)
-    return sequence.build(task, cfg, batch["image_tokens"], image_mask, batch["text_tokens"], text_mask, batch["text_lengths"])
+    is_real = sequence.real_places(batch["text_lengths"], cfg.text_length)
+    text_mask = (torch.rand(5, cfg.text_length, generator=g) < 0.5) & is_real
+    return sequence.build(task, cfg, batch["image_tokens"], image_mask, batch["text_tokens"], text_mask,
+                          batch["text_lengths"])
 
 
 def written_out(attention, x, is_valid, where):
@@ -34,18 +36,22 @@ def test_attention_equals_the_written_out_softmax(task, cfg, model, batch):
     seq = build(task, cfg, batch)
     x = torch.randn(*seq.token_ids.shape, cfg.width)
     attention = model.blocks[0].attention
-    assert torch.allclose(attention(x, seq.is_valid, seq.layout), written_out(attention, x, seq.is_valid, seq.layout), atol=1e-5)
+    assert torch.allclose(attention(x, seq.is_valid, seq.layout), written_out(attention, x, seq.is_valid, seq.layout),
+                          atol=1e-5)
 
 
 @pytest.mark.parametrize("task", sequence.TASKS)
 def test_padding_and_hidden_tokens_change_nothing(task, cfg, model, batch):
     seq = build(task, cfg, batch)
     text_mask, image_mask = seq.is_masked[:, seq.layout.text], seq.is_masked[:, seq.layout.image]
-    other = {"image_tokens": torch.where(image_mask, (batch["image_tokens"] + 1) % cfg.codebook_size, batch["image_tokens"]),
-             "text_tokens": torch.where(text_mask | ~sequence.real_places(batch["text_lengths"], cfg.text_length),
-                                        (batch["text_tokens"] + 1) % cfg.text_vocab, batch["text_tokens"])}
+    other = {
+        "image_tokens": torch.where(image_mask, (batch["image_tokens"] + 1) % cfg.codebook_size, batch["image_tokens"]),
+        "text_tokens": torch.where(text_mask | ~sequence.real_places(batch["text_lengths"], cfg.text_length),
+                                   (batch["text_tokens"] + 1) % cfg.text_vocab, batch["text_tokens"])
+    }
     assert not torch.equal(other["text_tokens"], batch["text_tokens"])
-    seq2 = sequence.build(task, cfg, other["image_tokens"], image_mask, other["text_tokens"], text_mask, batch["text_lengths"])
+    seq2 = sequence.build(task, cfg, other["image_tokens"], image_mask, other["text_tokens"], text_mask,
+                          batch["text_lengths"])
     a, b = model(seq), model(seq2)
     assert torch.equal(a[seq.is_valid], b[seq.is_valid])
 
@@ -75,7 +81,8 @@ def test_a_masked_place_is_its_mask_token_and_two_positions(task, cfg, model, ba
     model.blocks = torch.nn.ModuleList()
     x = model(seq)
     n, t, special = cfg.image_tokens, cfg.text_length, cfg.codebook_size + cfg.text_vocab
-    for where, mask_token, first_place in ((seq.layout.image, sequence.MASK_IMG, 0), (seq.layout.text, sequence.MASK_TXT, n)):
+    for where, mask_token, first_place in ((seq.layout.image, sequence.MASK_IMG, 0),
+                                           (seq.layout.text, sequence.MASK_TXT, n)):
         for i, p in seq.is_masked[:, where].nonzero().tolist():
             expected = (model.tokens.weight[special + mask_token] + model.places.weight[first_place + p]
                         + model.places.weight[n + t + p])
@@ -86,9 +93,12 @@ def test_logits_are_over_their_own_vocabulary(cfg, model, batch):
     seq = build("it2it", cfg, batch)
     states = model(seq)
     head = model.head(states) @ model.tokens.weight[:-10].T + model.output_bias                   # (B, L, V_I + V_T)
-    assert torch.allclose(model.image_logits(states, seq.layout), head[:, seq.layout.image, :cfg.codebook_size], atol=1e-5)
-    assert torch.allclose(model.text_logits(states, seq.layout), head[:, seq.layout.text, cfg.codebook_size:], atol=1e-5)
-    assert torch.allclose(model.length_logits(states, seq.layout), states[:, seq.layout.bot] @ model.length.weight.T, atol=1e-5)
+    assert torch.allclose(model.image_logits(states, seq.layout), head[:, seq.layout.image, :cfg.codebook_size],
+                          atol=1e-5)
+    assert torch.allclose(model.text_logits(states, seq.layout), head[:, seq.layout.text, cfg.codebook_size:],
+                          atol=1e-5)
+    assert torch.allclose(model.length_logits(states, seq.layout), states[:, seq.layout.bot] @ model.length.weight.T,
+                          atol=1e-5)
 
 
 def test_parameters_are_counted_by_the_papers_formula(cfg):

@@ -8,12 +8,15 @@ from nanomagvlt.objectives import hide, loss_terms, masked_cross_entropy, total_
 
 @pytest.mark.parametrize("task", sequence.TASKS)
 def test_hides_exactly_the_papers_number_and_never_padding(task):
-    """For every ratio: ceil(gamma(r) N) image tokens and ceil(gamma(r) length) text tokens, counted in whole numbers."""
+    """For every ratio: ceil(gamma(r) N) image tokens and ceil(gamma(r) length) text tokens."""
     steps, n, t = 1000, 16, 24
     r = torch.arange(steps) / steps
     lengths = torch.arange(steps) % t + 1
     g = torch.Generator().manual_seed(0)
-    image, text = hide(task, n, lengths, t, lambda purpose, *shape: r if purpose == "r" else torch.rand(steps, *shape, generator=g))
+
+    def draw(purpose: str, *shape: int) -> torch.Tensor:
+        return r if purpose == "r" else torch.rand(steps, *shape, generator=g)
+    image, text = hide(task, n, lengths, t, draw)
     image_share = torch.cos(r.double() * torch.pi / 2)
     text_share = 1 - r.double() if task == "i2t" else r.double()
     expected_image = (image_share * n - 1e-6).ceil().clamp(min=1).long() * (task != "i2t")
@@ -56,7 +59,8 @@ def test_the_loss_of_a_model_is_that_of_its_masked_logits(task, cfg, model, batc
 @pytest.mark.parametrize("task", sequence.TASKS)
 def test_padding_does_not_touch_loss_or_gradient(task, cfg, model, batch, draw):
     is_padding = ~sequence.real_places(batch["text_lengths"], cfg.text_length)
-    other = dict(batch, text_tokens=torch.where(is_padding, (batch["text_tokens"] + 7) % cfg.text_vocab, batch["text_tokens"]))
+    other = dict(batch, text_tokens=torch.where(is_padding, (batch["text_tokens"] + 7) % cfg.text_vocab,
+                                                batch["text_tokens"]))
     gradients = []
     for b in (batch, other):
         model.zero_grad()

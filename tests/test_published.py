@@ -13,8 +13,9 @@ from nanomagvlt.config import preset
 from nanomagvlt.model import MAGVLT, num_parameters
 from nanomagvlt.vqgan import VQGAN
 
-SIZES = dict(image_size=16, text_length=5, length_places=5, text_vocab=30, codebook_size=20, codebook_dim=8, vq_channels=32,
-             vq_multipliers=(1, 2, 2), vq_res_blocks=1, vq_attention=(4, 8), vq_latent=16, layers=3, width=24, heads=3)
+SIZES = dict(image_size=16, text_length=5, length_places=5, text_vocab=30, codebook_size=20, codebook_dim=8,
+             vq_channels=32, vq_multipliers=(1, 2, 2), vq_res_blocks=1, vq_attention=(4, 8), vq_latent=16, layers=3,
+             width=24, heads=3)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def loaded(golden):
     return published.load_magvlt(folder / "kakao_a.ckpt", heads=gold["config"]["heads"])
 
 
+@torch.inference_mode()
 @pytest.mark.parametrize("select", ["none", "first_v", "first_h"])
 @pytest.mark.parametrize("task", ["t2i", "i2t", "it2it-mask"])
 def test_logits_are_those_of_the_authors_code(task, select, golden, loaded):
@@ -44,8 +46,7 @@ def test_logits_are_those_of_the_authors_code(task, select, golden, loaded):
         selector = torch.where(case["selector"], first, second)
     seq = sequence.build(task.removesuffix("-mask"), model.cfg, gold["image_tokens"], case["image_mask"],
                          gold["text_tokens"], case["text_mask"], lengths, selector)
-    with torch.inference_mode():
-        states = model(seq)
+    states = model(seq)
     real = sequence.real_places(lengths, model.cfg.text_length)
     assert (model.image_logits(states, seq.layout) - case["image_logits"]).abs().max() < 1e-5
     assert (model.text_logits(states, seq.layout) - case["text_logits"])[real].abs().max() < 1e-5
@@ -70,7 +71,8 @@ def in_their_layout(model: MAGVLT, vqgan: VQGAN) -> dict:
         for i in range(model.cfg.layers if "{i}" in name else 1):
             tensor = ours[name.replace("{i}", str(i))]
             parts = tensor.split(cuts.get(name, len(tensor) // len(sources)))
-            theirs |= {"model." + s.replace("{i}", str(i)): part.clone() for s, part in zip(sources, parts, strict=True)}
+            for source, part in zip(sources, parts, strict=True):
+                theirs["model." + source.replace("{i}", str(i))] = part.clone()
     return theirs | {f"model_vqvae.{name}": tensor for name, tensor in vqgan.state_dict().items()}
 
 
@@ -102,7 +104,8 @@ def test_any_size_is_read_off_the_tensors(made, tmp_path):
     (lambda s: s.pop("model_vqvae.decoder.conv_out.bias"), "the tensor decoder.conv_out.bias is missing"),
     (lambda s: s.update({"model.extra.weight": torch.zeros(1)}), "has a tensor extra.weight"),
     (lambda s: s.update({"elsewhere": torch.zeros(1)}), "has a tensor elsewhere"),
-    (lambda s: s.update({"model.length_predictor.weight": torch.zeros(5, 23)}), r"length.weight is \(5, 23\), not \(5, 24\)"),
+    (lambda s: s.update({"model.length_predictor.weight": torch.zeros(5, 23)}),
+     r"length.weight is \(5, 23\), not \(5, 24\)"),
     (lambda s: s.update({"model.tok_emb.weight": "text"}), "model.tok_emb.weight is a str, not a tensor"),
     (lambda s: s.clear(), "not those of a published model|is missing"),
 ])
@@ -128,9 +131,10 @@ def test_nothing_in_a_file_is_run(zipped, force, made, tmp_path, monkeypatch):
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"state_dict": made[2], "callbacks": Evil()}, "evil.ckpt", _use_new_zipfile_serialization=zipped)
     with open("evil.pkl", "wb") as file:
-        pickle.dump({"state_dict": Evil()}, file)
+        pickle.dump({"state_dict": Evil()}, file, protocol=2)
     assert published.looks_published("evil.ckpt")
-    for name, message in (("evil.ckpt", r"refused, for it names (posix|os|nt)\.mkdir"), ("evil.pkl", "not a checkpoint|refused")):
+    for name, message in (("evil.ckpt", r"refused, for it names (posix|os|nt)\.mkdir"),
+                          ("evil.pkl", "not a checkpoint|refused")):
         with pytest.raises(CheckpointError, match=message) as error:
             published.load_magvlt(name)
         assert "\n" not in str(error.value)
@@ -145,8 +149,8 @@ def test_old_format_truncated_and_wrong_digest(made, tmp_path):
     data = (tmp_path / "new.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(data[:len(data) // 2])
     torch.save([1], tmp_path / "list.ckpt")
-    for name, digest, message in (("cut.ckpt", "", "damaged"), ("none.ckpt", "", "no such file"), ("list.ckpt", "", "no state_dict"),
-                                  ("new.ckpt", "0" * 64, f"not {'0' * 64}")):
+    for name, digest, message in (("cut.ckpt", "", "damaged"), ("none.ckpt", "", "no such file"),
+                                  ("list.ckpt", "", "no state_dict"), ("new.ckpt", "0" * 64, f"not {'0' * 64}")):
         with pytest.raises(CheckpointError, match=f"{re.escape(name)}: .*{message}"):
             published.load_magvlt(tmp_path / name, heads=3, sha256=digest)
 

@@ -41,7 +41,8 @@ def trained(tmp_path) -> Path:
     cfg = preset("micro", bpe_merges=0, layers=1, width=16, heads=2, vq_channels=4, image_steps=2, text_steps=2)
     path = tmp_path / "runs" / "x" / "last.pt"
     path.parent.mkdir(parents=True)
-    checkpoint.save(path, "magvlt", cfg, step=1, model=MAGVLT(cfg).state_dict(), bpe=BPE([]).to_text(), vqgan=VQGAN(cfg).state_dict())
+    checkpoint.save(path, "magvlt", cfg, step=1, model=MAGVLT(cfg).state_dict(), bpe=BPE([]).to_text(),
+                    vqgan=VQGAN(cfg).state_dict())
     checkpoint.save(path.with_name("vqgan.pt"), "vqgan", cfg, step=1, vqgan=VQGAN(cfg).state_dict())
     return path
 
@@ -139,14 +140,16 @@ def test_eval_scenes_writes_what_it_prints(trained, capsys):
 
 def test_prepare_then_train_on_it(trained, capsys):
     for split in ("train", "val"):
-        prepare.main(["--source", "shapes:micro", "--vqgan", "runs/x/vqgan.pt", "--out", f"c/{split}", "--pairs", "40", "--split", split])
+        prepare.main(["--source", "shapes:micro", "--vqgan", "runs/x/vqgan.pt", "--out", f"c/{split}", "--pairs", "40",
+                      "--split", split])
     assert "40 pairs -> c/train" in capsys.readouterr().out
     train.main(["--preset", "micro", "--vqgan", "runs/x/vqgan.pt", "--cache", "c", "--layers", "1", "--width", "16",
                 "--heads", "2", "--steps", "2", "--eval-scenes", "2", "--name", "y"])
     out = capsys.readouterr().out
     assert "cache: reusing c/train, 40 pairs" in out and Path("runs/y/last.pt").exists()
     prepare.main(["--source", "shapes:micro", "--vqgan", "runs/x/vqgan.pt", "--out", "d/train", "--pairs", "40"])
-    Path("d/train/meta.json").write_text(re.sub(r'"vqgan": "\w+"', '"vqgan": "another"', Path("d/train/meta.json").read_text()))
+    meta = Path("d/train/meta.json")
+    meta.write_text(re.sub(r'"vqgan": "\w+"', '"vqgan": "another"', meta.read_text()))
     with pytest.raises(SystemExit):
         train.main(["--preset", "micro", "--vqgan", "runs/x/vqgan.pt", "--cache", "d", "--name", "z"])
     assert "d/train was made with another VQ-GAN" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Real runs of train.py, made small: one-object world, a model of a few thousand weights, six updates of each network."""
+"""Real runs of train.py, made small: one object, a model of a few thousand weights, six updates of each network."""
 import json
 import signal
 import sys
@@ -9,10 +9,11 @@ import torch
 
 import train
 
-SMALL = ("--preset micro --pairs 60 --vq-images 60 --vq-steps 6 --vq-start 2 --vq-batch 4 --vq-channels 4 --vq-latent 8 "
-         "--codebook-size 16 --codebook-dim 4 --bpe-merges 20 --layers 1 --width 16 --heads 2 --dropout 0.1 --bpe-dropout 0.1 "
-         "--task-weights 1,1,1 --steps 6 --batch-size 4 --warmup 2 --log-every 1 --eval-every 3 --sample-every 6 --save-every 4 "
-         "--image-steps 2 --text-steps 2 --eval-scenes 3").split()
+SMALL = """
+    --preset micro --pairs 60 --eval-scenes 3 --bpe-merges 20 --bpe-dropout 0.1 --vq-images 60 --vq-steps 6 --vq-start 2
+    --vq-batch 4 --vq-channels 4 --vq-latent 8 --codebook-size 16 --codebook-dim 4 --layers 1 --width 16 --heads 2
+    --dropout 0.1 --task-weights 1,1,1 --steps 6 --batch-size 4 --warmup 2 --log-every 1 --eval-every 3
+    --sample-every 6 --save-every 4 --image-steps 2 --text-steps 2""".split()
 
 
 def run(*more: str) -> Path:
@@ -33,8 +34,8 @@ def equal(a, b) -> bool:
 def content(folder: Path) -> dict:
     """All that a run wrote, by file name: checkpoints as loaded, everything else as bytes."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): torch.load(path, weights_only=True) if path.suffix == ".pt" else path.read_bytes()
-            for path in files}
+    return {str(path.relative_to(folder)): (torch.load(path, weights_only=True) if path.suffix == ".pt"
+                                            else path.read_bytes()) for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +47,10 @@ def straight(tmp_path_factory) -> dict:
 
 
 def test_a_run_leaves_what_the_readme_says(straight):
-    assert set(straight) == {"best.pt", "bpe.txt", "config.json", "last.pt", "log.jsonl", "samples/000006.png", "scenes.json",
-                             "vqgan.pt", "vqgan_log.jsonl"} | {f"cache/{split}/{name}" for split in ("train", "val") for name in
-                             ("caption_ends.bin", "captions.bin", "meta.json", "tokens.bin")}
+    cache = ("caption_ends.bin", "captions.bin", "meta.json", "tokens.bin")
+    assert set(straight) == {"best.pt", "bpe.txt", "config.json", "last.pt", "log.jsonl", "samples/000006.png",
+                             "scenes.json", "vqgan.pt", "vqgan_log.jsonl",
+                             *(f"cache/train/{name}" for name in cache), *(f"cache/val/{name}" for name in cache)}
     log = [json.loads(line) for line in straight["log.jsonl"].splitlines()]
     assert [line["step"] for line in log if "task" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in log if "val_mask" in line] == [3, 6]

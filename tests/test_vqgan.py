@@ -27,7 +27,8 @@ def test_tokens_are_in_raster_order_and_decode_inverts_their_lookup(vqgan, cfg):
     for row in range(2):
         for column in range(2):
             assert torch.equal(vqgan.quantize(z[:, :, row, column]), tokens[:, 2 * row + column])
-            assert torch.equal(vqgan.vectors_of(tokens)[:, :, row, column], vqgan.quantize.embedding(tokens[:, 2 * row + column]))
+            assert torch.equal(
+                vqgan.vectors_of(tokens)[:, :, row, column], vqgan.quantize.embedding(tokens[:, 2 * row + column]))
     reconstruction, commitment, _, codes = vqgan(pixels)
     assert torch.equal(codes, tokens) and torch.allclose(reconstruction, vqgan.decode(tokens), atol=1e-5)
     assert torch.allclose(commitment, (z - vqgan.vectors_of(tokens)).square().mean())
@@ -94,14 +95,17 @@ def test_codebook_use():
 
 
 def test_names_and_size_are_those_of_taming_transformers():
-    cfg = preset("tiny", image_size=256, codebook_size=16384, codebook_dim=256, vq_channels=128, vq_multipliers=(1, 1, 2, 2, 4),
-                 vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32, vq_patchwise=False)
+    cfg = preset("tiny", image_size=256, codebook_size=16384, codebook_dim=256, vq_channels=128,
+                 vq_multipliers=(1, 1, 2, 2, 4), vq_res_blocks=2, vq_attention=(16, ), vq_latent=256, vq_groups=32,
+                 vq_patchwise=False)
     with torch.device("meta"):
         model = VQGAN(cfg)
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     assert (count(model.encoder), count(model.decoder), count(model)) == (29_298_176, 42_449_795, 76_073_859)
     names = {name for name, _ in model.named_parameters()}
-    assert {"encoder.down.0.block.0.norm1.weight", "encoder.down.2.block.0.nin_shortcut.bias", "encoder.down.4.attn.1.proj_out.weight",
-            "encoder.down.3.downsample.conv.weight", "encoder.mid.attn_1.q.weight", "decoder.up.4.attn.2.norm.weight",
-            "decoder.up.1.upsample.conv.bias", "decoder.conv_out.weight", "quantize.embedding.weight", "quant_conv.weight",
-            "post_quant_conv.bias"} <= names
+    assert {
+        "encoder.down.0.block.0.norm1.weight", "encoder.down.2.block.0.nin_shortcut.bias",
+        "encoder.down.4.attn.1.proj_out.weight", "encoder.down.3.downsample.conv.weight", "encoder.mid.attn_1.q.weight",
+        "decoder.up.4.attn.2.norm.weight", "decoder.up.1.upsample.conv.bias", "decoder.conv_out.weight",
+        "quantize.embedding.weight", "quant_conv.weight", "post_quant_conv.bias"
+    } <= names
