@@ -380,6 +380,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse(argv)
     cfg = config_from_args(parser, args)
     run = Path("runs") / (args.name or args.preset)
+    if not cfg.data and not (cfg.cache and cfg.vqgan):
+        parser.error(f"preset {args.preset} names no pairs: give --data, or --cache and --vqgan (see data/README.md)")
     try:
         device = pick_device(args.device)
         cfg = with_tokenizers(cfg, args)

@@ -63,6 +63,7 @@ def refused(script: str, argv: list[str], capsys) -> str:
     ("train.py", ["--preset", "tini"], "no preset 'tini'; did you mean 'tiny'?"),
     ("train.py", ["--width", "130"], "width 130 is no multiple of heads 8"),
     ("train.py", ["--width", "many"], "--width: invalid int value: 'many'"),
+    ("train.py", ["--preset", "base"], "preset base names no pairs: give --data"),
     ("train.py", ["--layers", "0"], "layers 0 must be at least 1"),
     ("train.py", ["--task-weights", "1,x"], "'1,x' is no list of numbers"),
     ("train.py", ["--stage", "vqgn"], "--stage: invalid choice: 'vqgn'"),
