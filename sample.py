@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from nanomagvlt import checkpoint, published
+from nanomagvlt.bpe import clean_written
 from nanomagvlt.config import Parser
 from nanomagvlt.data import BadSample, open_image, square
 from nanomagvlt.generate import contact_sheet, load_generator
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> None:
                         help="sampling temperature at every step (default: the checkpoint's)")
     parser.add_argument("--top-k", type=int,
                         help="sample among this many likeliest tokens; 0: all (default: the checkpoint's)")
+    parser.add_argument("--clean", action="store_true",
+                        help="captions end at the first full stop and repeat no word, as in the authors' release")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same device, same result (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the PNG to write (default samples.png)")
@@ -72,7 +75,8 @@ def sample(args) -> None:
     else:
         image = square(open_image(args.image.read_bytes()), generator.cfg.image_size)
         captions, _ = generator.caption(np.stack([image] * args.num_samples), chance)
-        for caption in captions:  # a model may write any bytes: none of them is to steer the terminal
+        for caption in map(clean_written, captions) if args.clean else captions:
+            # A model may write any bytes: none of them is to steer the terminal.
             print("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in caption))
 
 

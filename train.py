@@ -209,7 +209,8 @@ def make_caches(cfg: Config, run: Path, vqgan: VQGAN) -> dict[str, TokenCache]:
         elif split == "train" or cfg.val_data or cfg.data.startswith("shapes:"):
             counts = Counter()
             pairs = tqdm(pairs_of(cfg, split, counts), desc=f"cache {split}", unit="pair")
-            caches[split] = write_cache(folder, pairs, vqgan, {"vqgan": digest, "source": cfg.data})
+            caches[split] = write_cache(folder, pairs, vqgan, {"vqgan": digest, "source": cfg.data},
+                                        cfg.clean_captions)
             print(f"cache: {counts['good']:,} pairs -> {folder}{left_out(counts)}")
         if split in caches and caches[split].meta["vqgan"] != digest:
             raise DataError(f"{folder} was made with another VQ-GAN: name the right one with --vqgan, or delete it")

@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=40_000, help="pairs to draw of shapes (default 40000)")
     parser.add_argument("--split", default="train", choices=["train", "val", "test"], help="of shapes (default train)")
     parser.add_argument("--seed", type=int, default=0, help="of shapes (default 0)")
+    parser.add_argument("--clean-captions", action="store_true",
+                        help="the MAGVLT release's clean-up: lower case, no - or /, no leading marks")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     args = parser.parse(argv)
     counts = Counter()
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         vqgan = checkpoint.load_vqgan(args.vqgan).to(pick_device(args.device))
         pairs = read_pairs(args.source, vqgan.cfg.image_size, counts, args.pairs, args.split, args.seed)
         cache = write_cache(args.out, tqdm(pairs, unit="pair"), vqgan,
-                            {"vqgan": checkpoint.digest(vqgan), "source": args.source})
+                            {"vqgan": checkpoint.digest(vqgan), "source": args.source}, args.clean_captions)
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

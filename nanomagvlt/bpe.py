@@ -47,7 +47,8 @@ CLIP_WORDS = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|
 
 def clean(text: str) -> str:
     """CLIP's cleaning: broken encodings mended, HTML entities resolved, white space collapsed, lower case."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))    # twice: "&amp;amp;" is common on the web
+    if not (text.isascii() and text.isprintable() and "&" not in text):     # else there is nothing to mend
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))            # twice: "&amp;amp;" is common on the web
     return regex.sub(r"\s+", " ", text).strip().lower()
 
 
@@ -83,6 +84,17 @@ def clean_caption(text: str) -> str:
     text = text.lower().lstrip(",.!?*#:;~").replace("-", " ").replace("/", " ")
     text = text.replace("<person>", "person").replace("< person >", "person")
     return re.sub(r"\s{2,}", " ", text).rstrip("\n")                   # a blank may stay at either end
+
+
+def clean_written(text: str) -> str:
+    """What the authors' release may do to a caption that was generated: its first sentence, without stutter.
+
+    clean_caption(), then < and > go, all from the first full stop on, and each word that repeats the one before;
+    " ." ends it. A text in which nothing is left stays empty.
+    """
+    words = clean_caption(text).replace("<", "").replace(">", "").split(".")[0].split()
+    words = [word for word, before in zip(words, ["", *words]) if word != before]
+    return " ".join([*words, "."]) if words else ""
 
 
 # ---- byte-pair encoding ------------------------------------------------------------------------------------

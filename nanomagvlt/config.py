@@ -27,6 +27,7 @@ class Config:
     # Text tokens
     bpe: str = ""                            # a merges file to use; empty: train one on the captions
     bpe_merges: int = 100                    # merges to train; vocabulary: 512 bytes + merges + 2 special; P 48,894
+    clean_captions: bool = False             # the release's clean-up of captions, before the cache; P yes
     bpe_dropout: float = 0.0                 # share of merges left undone in training; P 0.1
     text_vocab: int = 0                      # V_T: size of the text vocabulary; 0: 512 + bpe_merges + 2; P 49,408
     # Image tokens: the VQ-GAN, in taming-transformers' terms
@@ -56,6 +57,7 @@ class Config:
     # Objective (eq. 6)
     task_weights: tuple[float, ...] = (2.0, 1.0, 1.0)  # how often T2I, I2T, IT2IT are drawn; P 8,1,1
     length_weight: float = 0.01              # lambda_TL; P 0.01
+    length_pass: str = "own"                 # the length is learnt in the main pass, or in its own as it is guessed in
     label_smoothing: float = 0.0             # P 0.1
     # Optimiser
     steps: int = 6000                        # updates; P 40,000
@@ -110,6 +112,7 @@ class Config:
              f"length_places {self.length_places} must lie in 1..text_length {self.text_length}"),
             (not 1 <= self.image_steps <= self.image_tokens,
              f"image_steps {self.image_steps} must lie in 1..{self.image_tokens}, the number of image tokens"),
+            (self.length_pass not in ("main", "own"), f"length_pass {self.length_pass!r} is neither main nor own"),
             (self.text_choice not in ("draw", "least"), f"text_choice {self.text_choice!r} is neither draw nor least"),
             (not 0 <= self.label_smoothing < 1, f"label_smoothing {self.label_smoothing} must lie in [0, 1)"),
             (not 0 <= self.dropout < 1, f"dropout {self.dropout} must lie in [0, 1)"),
@@ -138,11 +141,11 @@ PRESETS = {
     "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=600, steps=1000, eval_scenes=100,
                   eval_every=250, sample_every=500, save_every=250, task_weights=(1.0, 1.0, 0.0)),
     "tiny": dict(),
-    "base": dict(data="", image_size=256, text_length=64, text_vocab=49_408, bpe_dropout=0.1, codebook_size=16_384,
-                 codebook_dim=256, vq_channels=128, vq_multipliers=(1, 1, 2, 2, 4), vq_res_blocks=2, vq_attention=(16,),
-                 vq_latent=256, vq_groups=32, vq_patchwise=False, layers=24, width=1024, heads=8, dropout=0.1,
-                 init_std=0.02, task_weights=(8.0, 1.0, 1.0), label_smoothing=0.1, steps=40_000, batch_size=4096,
-                 lr=4.5e-4, warmup=1000),
+    "base": dict(data="", image_size=256, text_length=64, text_vocab=49_408, clean_captions=True, bpe_dropout=0.1,
+                 codebook_size=16_384, codebook_dim=256, vq_channels=128, vq_multipliers=(1, 1, 2, 2, 4),
+                 vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32, vq_patchwise=False, layers=24,
+                 width=1024, heads=8, dropout=0.1, init_std=0.02, task_weights=(8.0, 1.0, 1.0), length_pass="main",
+                 label_smoothing=0.1, steps=40_000, batch_size=4096, lr=4.5e-4, warmup=1000),
 }
 
 PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=80_000)

@@ -37,7 +37,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nanomagvlt import shapes
-from nanomagvlt.bpe import BPE
+from nanomagvlt.bpe import BPE, clean_caption
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000   # more is refused unread: a few bytes of PNG can claim gigabytes
@@ -244,8 +244,12 @@ class TokenCache:
         return [self.text[start:self.ends[i]].tobytes().decode() for i, start in zip(rows, starts)]
 
 
-def write_cache(folder: str | Path, pairs: Iterable[Pair], vqgan, meta: dict, batch_size: int = 64) -> TokenCache:
-    """Tokenises pairs with the VQ-GAN into a TokenCache, whole or absent; meta is put into its meta.json."""
+def write_cache(folder: str | Path, pairs: Iterable[Pair], vqgan, meta: dict, clean: bool = False,
+                batch_size: int = 64) -> TokenCache:
+    """Tokenises pairs with the VQ-GAN into a TokenCache, whole or absent; meta is put into its meta.json.
+
+    clean: captions go through clean_caption() first.
+    """
     folder = Path(folder)
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -261,7 +265,8 @@ def write_cache(folder: str | Path, pairs: Iterable[Pair], vqgan, meta: dict, ba
             with torch.inference_mode():
                 tokens = vqgan.encode(to_pixels(np.stack([pair.image for pair in batch])).to(device))  # (B, N)
             token_file.write(tokens.cpu().numpy().astype(np.uint16).tobytes())
-            captions = [pair.caption.encode("utf-8", errors="replace") for pair in batch]
+            captions = [clean_caption(pair.caption) if clean else pair.caption for pair in batch]
+            captions = [caption.encode("utf-8", errors="replace") for caption in captions]
             ends = end + np.cumsum([len(c) for c in captions], dtype=np.int64)                         # (B,)
             caption_file.write(b"".join(captions))
             end_file.write(ends.tobytes())
@@ -269,7 +274,8 @@ def write_cache(folder: str | Path, pairs: Iterable[Pair], vqgan, meta: dict, ba
         if num_pairs == 0:
             raise DataError(f"{folder}: there is no pair to put into the cache")
         on_error.pop_all()
-    write_json(unfinished / "meta.json", {"pairs": num_pairs, "image_tokens": num_tokens, **meta})
+    write_json(unfinished / "meta.json", {"pairs": num_pairs, "image_tokens": num_tokens, "clean_captions": clean,
+                                           **meta})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
     return TokenCache(folder)

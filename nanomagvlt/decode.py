@@ -134,12 +134,7 @@ def write_text(model, image_tokens: Tensor, generator: torch.Generator, text_len
 def predict_length(model, image_tokens: Tensor) -> Tensor:
     """The likeliest length (B,) in 1..T, end token included, of a caption for image_tokens (B, N).
 
-    It is read once, from a pass in which `length_places` text places are visible, all masked. How many they are
-    matters a little: BOT does not see them, but the image places it looks at do.
+    It is read once, from a pass that sees nothing of a text but `length_places` masked places.
     """
-    cfg, device = model.cfg, image_tokens.device
-    places = torch.full((len(image_tokens),), cfg.length_places, device=device)
-    is_masked = sequence.real_places(places, cfg.text_length)
-    seq = sequence.build("i2t", cfg, image_tokens, torch.zeros_like(image_tokens, dtype=torch.bool),
-                         torch.zeros_like(is_masked, dtype=torch.long), is_masked, places)
+    seq = sequence.build_for_length("i2t", model.cfg, image_tokens, torch.zeros_like(image_tokens, dtype=torch.bool))
     return model.length_logits(model(seq), seq.layout).argmax(dim=-1) + 1

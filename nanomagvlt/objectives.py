@@ -71,6 +71,9 @@ def loss_terms(model, task: str, batch: dict[str, Tensor], draw: Draw) -> dict[s
                                                      text_is_masked, cfg.label_smoothing)            # eq. 1
     terms = {"mask": mask_loss}                                                 # eq. 3, in it2it: both means added
     if task != "t2i":
+        if cfg.length_pass == "own":
+            seq = sequence.build_for_length(task, cfg, image_tokens, image_is_masked)
+            states = model(seq)
         terms["length"] = F.cross_entropy(model.length_logits(states, seq.layout), lengths - 1)     # section 3.2
     return terms
 

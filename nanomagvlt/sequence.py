@@ -113,6 +113,17 @@ def build(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor,
     return Sequence(*(torch.cat(column, dim=-1) for column in columns), layout(task, n, t))
 
 
+def build_for_length(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor) -> Sequence:
+    """What the caption's length is guessed from: the image, and `length_places` text places that are all masked.
+
+    How many they are matters. BOT does not see them, but the image places that it looks at do.
+    """
+    places = torch.full((len(image_tokens),), cfg.length_places, device=image_tokens.device)         # (B,)
+    is_masked = real_places(places, cfg.text_length)                                                 # (B, T)
+    return build(task, cfg, image_tokens, image_is_masked, torch.zeros_like(is_masked, dtype=torch.long), is_masked,
+                 places)
+
+
 def draw(task: str, cfg: Config, image_is_masked: Tensor, text_is_masked: Tensor, text_lengths: Tensor) -> str:
     """One sample's sequence as text, a place a column group: token, position row, added row. For looking at."""
     n, t = cfg.image_tokens, cfg.text_length

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanomagvlt.bpe import BPE, BYTE_TO_SYMBOL, CLIP_MERGES, END, START, clean, clean_caption, merge
+from nanomagvlt.bpe import BPE, BYTE_TO_SYMBOL, CLIP_MERGES, END, START, clean, clean_caption, clean_written, merge
 from nanomagvlt.bpe import split_clip, to_symbols
 
 CLIP_DIR = Path(__file__).parents[2] / "shared" / "data" / "clip"
@@ -204,5 +204,7 @@ def test_equals_the_release():
 
 
 def test_caption_clean_up_and_bytes():
+    assert clean_written("A a dog dog-dog on <the the> grass. Another .") == "a dog on the grass ."
+    assert clean_written("") == clean_written(" . x") == clean_written("?!") == clean_written("<>") == ""
     assert clean_caption("?!A <person>  on-site and/or < PERSON > \n\n") == "a person on site and or person "
     assert len(set(BYTE_TO_SYMBOL.values())) == 256 and not any(s.isspace() for s in BYTE_TO_SYMBOL.values())

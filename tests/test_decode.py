@@ -1,8 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanomagvlt.config import Config
+from nanomagvlt.config import Config, preset
 from nanomagvlt.decode import Recipe, decode, draw_image, image_recipe, predict_length, sample, text_recipe, write_text
 from nanomagvlt.masking import decoding_counts
 
@@ -138,3 +139,55 @@ def test_images_and_captions_of_a_real_model(cfg, model, batch):
     assert (0 <= text_tokens).all() and (text_tokens < cfg.text_vocab).all() and len(trace) == cfg.text_steps
     given = torch.tensor([1, 2, 3, 4, 6])
     assert torch.equal(write_text(model, image_tokens, torch.Generator().manual_seed(0), given)[1], given)
+
+
+def test_decoding_rules_are_those_of_the_release():
+    assert image_recipe(preset("base")) == Recipe(10, "cosine", False, (1.4, 0.6), (2.0, 0.2), "keeping", 0, 2 ** -10)
+    assert vars(text_recipe(preset("large"))) | {"floor": 0} == vars(Recipe(12, "linear", True, (0.1, 0.1), (1.0, 1.0),
+                                                                           "hiding", 32, 0))
+    least = text_recipe(preset("base", text_choice="least"))
+    assert least.noise == (0.0, 0.0) and preset("base").length_places == 16
+
+
+def test_temperature_at_both_ends_and_the_floor_of_confidence():
+    """Tokens drawn at 1.4 in the first step and at 0.6 in the last; log p no lower than that of 2^-10."""
+    logits = torch.tensor([0.0, -1.0, -12.0]).expand(4000, 16, 3)
+    _, trace = run(lambda tokens, is_masked: logits, torch.zeros(4000, 16, dtype=torch.long),
+                   torch.ones(4000, 16, dtype=torch.bool), IMAGE)
+    for step, temperature in ((trace[0], 1.4), (trace[-1], 0.6)):
+        p = (logits[0, 0] / temperature).softmax(0)
+        drawn, confidence = step.tokens[step.is_masked], step.confidence[step.is_masked]
+        assert torch.allclose(confidence, p.clamp(min=2.0 ** -10).log()[drawn])
+        assert abs((drawn == 0).float().mean() - p[0]) < 0.02
+    assert (trace[0].tokens == 2).any() and p[2] < 2.0 ** -10
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what makes a GPU wait for the CPU: a tensor read as a number, or a shape that depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
+        assert not any(word in str(func) for word in waits), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("task", ["draw", "write"])
+def test_a_decoding_step_waits_for_nothing_and_makes_no_large_mask(task, cfg, model, batch, monkeypatch):
+    length, masks, attend, no_sync = cfg.image_tokens + cfg.text_length + 4, [], F.scaled_dot_product_attention, NoSync()
+    entered = []
+
+    def watched(*args, attn_mask=None, **options):
+        if not entered:  # from the first look at the model on
+            entered.append(no_sync.__enter__())
+        masks.append(None if attn_mask is None else tuple(attn_mask.shape))
+        return attend(*args, attn_mask=attn_mask, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    chance = torch.Generator().manual_seed(0)
+    if task == "draw":
+        draw_image(model, batch["text_tokens"], batch["text_lengths"], chance)
+    else:
+        write_text(model, batch["image_tokens"], chance, torch.tensor([1, 2, 3, 5, 6]))
+    no_sync.__exit__(None, None, None)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():  # it does see what it is to see
+        bool(batch["text_lengths"].min() > 0)
+    assert set(masks) <= {(5, 1, 1, length), None} and len(masks) > cfg.layers

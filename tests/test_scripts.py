@@ -14,11 +14,12 @@ from PIL import Image
 import eval
 import sample
 import train
-from nanomagvlt import checkpoint
+from nanomagvlt import checkpoint, published
 from nanomagvlt.bpe import BPE
 from nanomagvlt.config import preset
 from nanomagvlt.model import MAGVLT
 from nanomagvlt.vqgan import VQGAN
+from test_published import Evil, in_their_layout
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
@@ -160,3 +161,71 @@ def test_prepare_then_train_on_it(trained, capsys):
 def test_help_as_typed(script):
     result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and script in result.stdout and result.stderr == ""
+
+
+def test_eval_bpe_compares_with_clips_algorithm(capsys):
+    BPE.train(["a red circle above a blue circle, better and better"], 40).save("bpe.txt")
+    Path("captions.txt").write_text("a red circle\n<|endoftext|> the Redder, the BETTER\n\ncaf\u00e9 ab ab ab\n")
+    eval.main(["bpe", "--captions", "captions.txt", "--bpe", "bpe.txt"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("3 captions: ") and all("same ids" in line for line in lines)
+
+
+@pytest.fixture(scope="module")
+def published_file(tmp_path_factory) -> bytes:
+    """A file as the authors' are, but small; its text vocabulary is that of four merges."""
+    torch.manual_seed(0)
+    cfg = preset("base", image_size=16, text_length=5, length_places=5, text_vocab=518, codebook_size=20,
+                 codebook_dim=8, vq_channels=32, vq_multipliers=(1, 2, 2), vq_res_blocks=1, vq_attention=(4, 8),
+                 vq_latent=16, layers=1, width=24, heads=3)
+    path = tmp_path_factory.mktemp("published") / "a.ckpt"
+    torch.save({"state_dict": in_their_layout(MAGVLT(cfg), VQGAN(cfg))}, path)
+    return path.read_bytes()
+
+
+def spoil(data: bytes, how: str) -> None:
+    """Writes a.ckpt, with one thing wrong in it."""
+    Path("a.ckpt").write_bytes(data)
+    content = torch.load("a.ckpt", weights_only=True)
+    if how == "missing":
+        del content["state_dict"]["model.blocks.0.attn.key.bias"]
+    elif how in ("evil", "old evil"):
+        content["callbacks"] = Evil()
+    torch.save({"wrong kind": [1]} if how == "kind" else content, "a.ckpt",
+               _use_new_zipfile_serialization=how != "old evil")
+    if how == "truncated":
+        Path("a.ckpt").write_bytes(data[:len(data) // 2])
+
+
+@pytest.mark.parametrize("force", [True, False])
+@pytest.mark.parametrize("how, message", [
+    ("truncated", "a.ckpt: not a checkpoint"),
+    ("kind", "a.ckpt: holds something else, where a magvlt checkpoint is wanted"),
+    ("missing", "a.ckpt: the tensor blocks.0.attn.key.bias is missing"),
+    ("evil", "a.ckpt: refused, for it names"),
+    ("old evil", "a.ckpt: refused, for it names"),
+    ("digest", "a.ckpt: its SHA-256 is"),
+    ("no merges", "no.txt: CLIP's merges are not there: run `python data/download.py clip-bpe`"),
+    ("other merges", "other.txt: has 514 tokens, but the model has 518"),
+])
+def test_bad_published_files(how, message, force, published_file, monkeypatch, capsys):
+    if force:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    spoil(published_file, how)
+    BPE([]).save("other.txt")
+    BPE.train(["aaaa bbbb"], 4).save("bpe.txt")
+    merges = {"no merges": "no.txt", "other merges": "other.txt"}.get(how, "bpe.txt")
+    argv = ["--prompt", "x", "--checkpoint", "a.ckpt", "--heads", "3", "--bpe", merges]
+    assert message in refused("sample.py", argv + ["--sha256", "0" * 64] * (how == "digest"), capsys)
+
+
+def test_a_published_file_draws_and_captions(published_file, capsys):
+    Path("a.ckpt").write_bytes(published_file)
+    BPE.train(["aaaa bbbb"], 4).save("bpe.txt")
+    sample.main("--prompt x --checkpoint a.ckpt --heads 3 --bpe bpe.txt --num-samples 2 --steps 4".split())
+    assert "s a picture" in capsys.readouterr().out
+    published.main("a.ckpt --out ours.pt --heads 3 --bpe bpe.txt".split())
+    for name in ("a.ckpt", "ours.pt"):
+        sample.main(f"--image samples.png --checkpoint {name} --heads 3 --bpe bpe.txt --clean".split())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:10] == lines[11:19]
