@@ -173,8 +173,8 @@ class NoSync(TorchDispatchMode):
 
 @pytest.mark.parametrize("task", ["draw", "write"])
 def test_a_decoding_step_waits_for_nothing_and_makes_no_large_mask(task, cfg, model, batch, monkeypatch):
-    length, masks, attend, no_sync = cfg.image_tokens + cfg.text_length + 4, [], F.scaled_dot_product_attention, NoSync()
-    entered = []
+    length, attend, no_sync = cfg.image_tokens + cfg.text_length + 4, F.scaled_dot_product_attention, NoSync()
+    masks, entered = [], []
 
     def watched(*args, attn_mask=None, **options):
         if not entered:  # from the first look at the model on
