@@ -7,6 +7,7 @@ Every stage that is missing is done, every stage that is there is reused, and ea
   model    the transformer                           -> runs/NAME/last.pt, best.pt, log.jsonl, samples/
 Ctrl-C (or SIGTERM) saves and stops; the same command goes on from there, bit for bit as if it had not stopped.
 """
+import copy
 import dataclasses
 import json
 import math
@@ -123,7 +124,7 @@ def train_vqgan(cfg: Config, path: Path, device: torch.device) -> VQGAN:
         optimizer.load_state_dict(state["optimizer"])
         codebook.load_state_dict(state["codebook"])
 
-    images = np.stack([pair.image for pair in islice(pairs_of(cfg, "train", Counter()), cfg.vq_images)])  # (n, S, S, 3)
+    images = vqgan_images(cfg)                                                                       # (n, S, S, 3)
     print(f"vqgan: {num_parameters(model):,} parameters on {len(images):,} images of {cfg.image_size}x{cfg.image_size}"
           + (f", going on at step {step}" if step else ""))
     log = Log(path.parent / "vqgan_log.jsonl", step)
@@ -143,6 +144,19 @@ def train_vqgan(cfg: Config, path: Path, device: torch.device) -> VQGAN:
                 raise Stopped(f"{path} at step {step}")
     report_vqgan(model.eval(), cfg, images)
     return model
+
+
+def vqgan_images(cfg: Config) -> np.ndarray:
+    """What the VQ-GAN learns from: uint8 (n, S, S, 3), vq_images training images and, after them, the joined ones.
+
+    MixSel shows the transformer pairs of squeezed images, so the image tokenizer must know such: a share vq_mixed of
+    the images is joined with the next one, half of these left|right, half top|bottom.
+    """
+    pairs = list(islice(pairs_of(cfg, "train", Counter()), cfg.vq_images))
+    mixed = round(cfg.vq_mixed * len(pairs))
+    joined = [np.concatenate([a.tall, b.tall], 1) if i % 2 else np.concatenate([a.wide, b.wide], 0)
+              for i, (a, b) in enumerate(zip(pairs[:mixed], pairs[1:mixed] + pairs[:1]))]
+    return np.stack([pair.image for pair in pairs] + joined)
 
 
 def update_vqgan(model: VQGAN, codebook: Codebook, optimizer: torch.optim.Optimizer, cfg: Config, images: np.ndarray,
@@ -232,26 +246,34 @@ def train_bpe(cfg: Config, run: Path, cache: TokenCache) -> BPE:
 # ---------------------------------------------------------------------------------------------- the transformer
 
 def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator: Generator) -> None:
-    """The transformer, by eq. 6 (chapter 4). generator holds the untrained model and the two tokenizers."""
+    """The transformer, by eq. 6 (chapter 4). generator holds the untrained model and the two tokenizers.
+
+    What is validated and sampled is a moving average of the weights, `averaged`; generator ends with it.
+    """
     model, bpe = generator.model, generator.bpe
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    generator.model = averaged
     optimizer, step, best = optimizer_for(model, cfg, cfg.lr), 0, math.inf
     if (run / "last.pt").exists():
         state = checkpoint.load(run / "last.pt", "magvlt")
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["trained"])
+        averaged.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, best = state["step"], state["best"]
     print(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, "
           f"{cfg.steps:,} updates of {cfg.batch_size}" + (f", going on at step {step:,}" if step else ""))
 
     def save(name):
-        checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, model=model.state_dict(), bpe=bpe.to_text(),
-                        optimizer=optimizer.state_dict(), vqgan=generator.vqgan.state_dict())
+        checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, model=averaged.state_dict(), bpe=bpe.to_text(),
+                        vqgan=generator.vqgan.state_dict(), trained=model.state_dict(),
+                        optimizer=optimizer.state_dict())
 
     log, recent = Log(run / "log.jsonl", step), {}  # recent: each task's last loss terms, for the bar
     with Interrupt() as stop, tqdm(total=cfg.steps, initial=step, desc="model", unit="step") as bar:
         while step < cfg.steps:
             task, terms, norm = update_model(model, optimizer, cfg, caches["train"], bpe, step)
             step += 1
+            average(averaged, model, min(cfg.ema, step / (step + 10)))
             bar.update()
             if step % cfg.log_every == 0:
                 values = {name: term.item() for name, term in terms.items()}
@@ -260,7 +282,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
                 rate = cfg.batch_size * (bar.format_dict["rate"] or 0)
                 bar.set_postfix_str(f"{', '.join(sorted(recent.values()))}, {rate:.0f} samples/s")
             if (step % cfg.eval_every == 0 or step == cfg.steps) and "val" in caches:
-                losses = validate(model, cfg, caches["val"], bpe)
+                losses = validate(averaged, cfg, caches["val"], bpe)
                 log.write(step=step, **{f"val_{name}": value for name, value in losses.items()})
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
                 tqdm.write(f"step {step:,}: validation {shown}")
@@ -286,12 +308,20 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, c
         group["lr"] = learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
 
     torch.manual_seed(keyed_seed(cfg.seed, "dropout", step))  # dropout alone uses the global generator
-    terms = loss_terms(model, task, batch, partial(uniform, model.device, cfg.batch_size, cfg.seed, step))
     optimizer.zero_grad()
-    total_loss(terms, cfg.length_weight).backward()
+    terms = {}
+    for of_a_pass in loss_terms(model, task, batch, partial(uniform, model.device, cfg.batch_size, cfg.seed, step)):
+        total_loss(of_a_pass, task, cfg).backward()  # a sum's gradient is that of its parts: one graph lives at a time
+        terms |= {name: term.detach() for name, term in of_a_pass.items()}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
     optimizer.step()
     return task, terms, norm
+
+
+@torch.no_grad()
+def average(averaged: MAGVLT, model: MAGVLT, decay: float) -> None:
+    """averaged = decay x averaged + (1 - decay) x model, weight by weight."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
 
 def draw_task(cfg: Config, step: int) -> str:
@@ -309,7 +339,6 @@ def uniform(device: torch.device, batch_size: int, seed: int, step: int, purpose
 def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[str, float]:
     """Mean loss terms of each task on up to 8 batches of unseen pairs, always with the same masks; "mask" adds them up
     by task weight."""
-    model.eval()
     sums, batches = defaultdict(float), max(1, min(8, len(cache) // cfg.batch_size))
     for i in range(batches):
         rows = rows_of_step(i, cfg.batch_size, len(cache), cfg.seed)
@@ -318,18 +347,15 @@ def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[st
         draw = partial(uniform, model.device, cfg.batch_size, cfg.seed, f"val {i}")
         for task, weight in zip(TASKS, cfg.task_weights):
             if weight:
-                terms = loss_terms(model, task, batch, draw)
-                sums[task] += terms["mask"].item() / batches
-                sums["mask"] += terms["mask"].item() / batches * weight / sum(cfg.task_weights)
-                if "length" in terms:
-                    sums[f"{task}_length"] += terms["length"].item() / batches
-    model.train()
+                for name, term in ((n, t) for terms in loss_terms(model, task, batch, draw) for n, t in terms.items()):
+                    sums[task if name == "mask" else f"{task}_{name}"] += term.item() / batches
+                    if name == "mask":
+                        sums["mask"] += term.item() / batches * weight / sum(cfg.task_weights)
     return dict(sums)
 
 
 def save_samples(generator: Generator, cache: TokenCache, path: Path) -> None:
     """A PNG: captions of unseen pairs with the pictures drawn for them, then their images with the captions written."""
-    generator.model.eval()
     rows = np.arange(min(8, len(cache)))
     captions, chance = cache.captions(rows), keyed_generator("samples")
     drawn = generator.draw(captions, chance)
@@ -338,7 +364,6 @@ def save_samples(generator: Generator, cache: TokenCache, path: Path) -> None:
     images = np.concatenate([drawn, generator.tokens_to_image(image_tokens)])
     path.parent.mkdir(exist_ok=True)
     contact_sheet(images, [f"asked: {c}" for c in captions] + [f"wrote: {c}" for c in written], columns=8).save(path)
-    generator.model.train()
 
 
 # ---------------------------------------------------------------------------------------------- from the command line
@@ -421,7 +446,6 @@ def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
     minutes = (time.monotonic() - started) / 60
     print(f"trained in {minutes:.1f} minutes -> {run / 'last.pt'}; samples in {run / 'samples'}/")
     if cfg.data.startswith("shapes:"):
-        generator.model.eval()
         level = shapes.get_level(cfg.data.removeprefix("shapes:"))
         results = metrics.evaluate_scenes(generator, level, cfg.eval_scenes)
         print(metrics.scene_table(results))

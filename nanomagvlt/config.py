@@ -42,6 +42,7 @@ class Config:
     vq_groups: int = 4                       # groups of each GroupNorm; P 32
     vq_patchwise: bool = True                # the encoder sees one token's patch at a time; P no
     vq_images: int = 20_000                  # decoded images held in memory to train the VQ-GAN on
+    vq_mixed: float = 0.25                   # share of them that is also shown joined with another, as MixSel does
     vq_steps: int = 1000                     # updates
     vq_start: int = 200                      # updates as a plain autoencoder before the codebook, by k-means, comes in
     vq_batch: int = 16                       # images an update
@@ -58,6 +59,13 @@ class Config:
     task_weights: tuple[float, ...] = (2.0, 1.0, 1.0)  # how often T2I, I2T, IT2IT are drawn; P 8,1,1
     length_weight: float = 0.01              # lambda_TL; P 0.01
     length_pass: str = "own"                 # the length is learnt in the main pass, or in its own as it is guessed in
+    unroll_mask: bool = False                # UnrollMask (section 3.3): one more pass in T2I and I2T; P true
+    unroll_weight: float = 1.0               # lambda_UM; P 1
+    unroll_text: str = "masked"              # text places that may be masked again: those masked before, or all
+    mixsel: str = "off"                      # MixSel (section 3.4): off, select, or random (the control); P select
+    mixsel_weight: float = 0.5               # lambda_MS; P 0.5
+    mixsel_separators: int = 2               # tokens between two mixed captions; P 1, its release 2
+    it2it_ratio: str = "opposite"            # mask ratios of image and text run in opposite directions, or the same
     label_smoothing: float = 0.0             # P 0.1
     # Optimiser
     steps: int = 6000                        # updates; P 40,000
@@ -67,6 +75,7 @@ class Config:
     betas: tuple[float, ...] = (0.9, 0.96)   # AdamW; P 0.9, 0.96
     weight_decay: float = 0.045              # on matrices only; P 0.045
     clip: float = 4.0                        # largest gradient norm; P 4
+    ema: float = 0.999                       # moving average of the weights, per update: what samples; 0: none
     # Decoding (section 3.2), defaults of sample.py and eval.py
     image_steps: int = 10                    # K for images; P 10
     image_temperature: tuple[float, ...] = (1.4, 0.6)  # sampling temperature, first step to last
@@ -102,7 +111,8 @@ class Config:
         """Returns itself. Raises ValueError, naming the field, where values cannot work together."""
         patch = 2 ** (len(self.vq_multipliers) - 1)
         problems = [
-            (self.image_size % patch, f"image_size {self.image_size} is no multiple of {patch} (vq_multipliers)"),
+            (self.image_size % (2 * patch),
+             f"image_size {self.image_size} is no multiple of {2 * patch}, twice the patch that vq_multipliers make"),
             (self.width % self.heads, f"width {self.width} is no multiple of heads {self.heads}"),
             (any(self.vq_channels * m % self.vq_groups for m in self.vq_multipliers),
              f"vq_channels x vq_multipliers must be multiples of vq_groups {self.vq_groups}"),
@@ -112,11 +122,20 @@ class Config:
              f"length_places {self.length_places} must lie in 1..text_length {self.text_length}"),
             (not 1 <= self.image_steps <= self.image_tokens,
              f"image_steps {self.image_steps} must lie in 1..{self.image_tokens}, the number of image tokens"),
+            (self.mixsel not in ("off", "select", "random"), f"mixsel {self.mixsel!r} is none of off, select, random"),
+            (self.mixsel != "off" and self.batch_size < 2, "mixsel wants at least two pairs a batch: see batch_size"),
+            (self.mixsel != "off" and not 1 <= self.mixsel_separators <= self.text_length - 3,
+             f"mixsel_separators {self.mixsel_separators} must lie in 1..text_length - 3"),
+            (self.unroll_text not in ("masked", "all"), f"unroll_text {self.unroll_text!r} is neither masked nor all"),
+            (self.it2it_ratio not in ("opposite", "same"),
+             f"it2it_ratio {self.it2it_ratio!r} is neither opposite nor same"),
             (self.length_pass not in ("main", "own"), f"length_pass {self.length_pass!r} is neither main nor own"),
             (self.text_choice not in ("draw", "least"), f"text_choice {self.text_choice!r} is neither draw nor least"),
             (not 0 <= self.label_smoothing < 1, f"label_smoothing {self.label_smoothing} must lie in [0, 1)"),
             (not 0 <= self.dropout < 1, f"dropout {self.dropout} must lie in [0, 1)"),
             (not 0 <= self.bpe_dropout <= 1, f"bpe_dropout {self.bpe_dropout} must lie in [0, 1]"),
+            (not 0 <= self.ema < 1, f"ema {self.ema} must lie in [0, 1)"),
+            (not 0 <= self.vq_mixed <= 1, f"vq_mixed {self.vq_mixed} must lie in [0, 1]"),
             (len(self.betas) != 2, f"betas {self.betas} must be two numbers"),
             (len(self.image_temperature) != 2 or min(self.image_temperature) <= 0,
              f"image_temperature {self.image_temperature} must be two numbers > 0, first step and last"),
@@ -145,7 +164,9 @@ PRESETS = {
                  codebook_size=16_384, codebook_dim=256, vq_channels=128, vq_multipliers=(1, 1, 2, 2, 4),
                  vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32, vq_patchwise=False, layers=24,
                  width=1024, heads=8, dropout=0.1, init_std=0.02, task_weights=(8.0, 1.0, 1.0), length_pass="main",
-                 label_smoothing=0.1, steps=40_000, batch_size=4096, lr=4.5e-4, warmup=1000),
+                 unroll_mask=True, mixsel="select",
+                 label_smoothing=0.1, steps=40_000, batch_size=4096, lr=4.5e-4, warmup=1000,
+                 ema=0.9999),
 }
 
 PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=80_000)

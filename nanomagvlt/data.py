@@ -49,10 +49,19 @@ Content = Callable[[], bytes]  # what is in a file, read when it is asked for
 
 @dataclass
 class Pair:
-    """An image, uint8 (S, S, 3), and its caption."""
+    """An image, its caption, and the whole image squeezed into half the room, as MixSel joins two of them."""
     key: str
-    image: np.ndarray
+    image: np.ndarray  # uint8 (S, S, 3)
+    tall: np.ndarray   # uint8 (S, S/2, 3)
+    wide: np.ndarray   # uint8 (S/2, S, 3)
     caption: str
+
+    @classmethod
+    def of(cls, key: str, image: Image.Image, side: int, caption: str) -> "Pair":
+        """From a picture of any size: `image` is its centre, the squeezed ones are the whole of it."""
+        tall, wide = (np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+                      for size in ((side // 2, side), (side, side // 2)))
+        return cls(key, square(image, side), tall, wide, caption)
 
 
 class BadSample(Exception):
@@ -160,7 +169,8 @@ def _read_shapes(source, image_size, counts, num_shapes, split, seed) -> Iterato
         rng = random.Random(keyed_seed(seed, split, i))
         scene = shapes.random_scene(level, rng, split)
         counts["good"] += 1
-        yield Pair(f"{i:09d}", shapes.draw_scene(scene, level, rng), shapes.describe(scene, level, rng))
+        image = Image.fromarray(shapes.draw_scene(scene, level, rng))
+        yield Pair.of(f"{i:09d}", image, image_size, shapes.describe(scene, level, rng))
 
 
 def _read_files(source: str, counts: Counter) -> Iterator[tuple[str, str, Content]]:
@@ -212,20 +222,23 @@ def _assemble(key: str, members: dict[str, Content], image_size: int) -> Pair:
         raise BadSample("no caption")
     if not members:
         raise BadSample("no image")
-    return Pair(key, square(open_image(next(iter(members.values()))()), image_size), caption)
+    return Pair.of(key, open_image(next(iter(members.values()))()), image_size, caption)
 
 
 # ---------------------------------------------------------------------------------------------- the token cache
 
 class TokenCache:
-    """A folder of image tokens (uint16, memory-mapped) and captions, one row a pair; write_cache() makes it."""
+    """A folder of image tokens (uint16, memory-mapped) and captions, one row a pair; write_cache() makes it.
+
+    A row of tokens.bin holds the N tokens of the image, then N/2 of it squeezed tall, then N/2 of it squeezed wide.
+    """
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         try:
             self.meta = json.loads((folder / "meta.json").read_text())
             pairs, num_tokens = self.meta["pairs"], self.meta["image_tokens"]
-            self.tokens = np.memmap(folder / "tokens.bin", np.uint16, "r", shape=(pairs, num_tokens))
+            self.tokens = np.memmap(folder / "tokens.bin", np.uint16, "r", shape=(pairs, 2 * num_tokens))
             self.ends = np.memmap(folder / "caption_ends.bin", np.int64, "r", shape=(pairs,))
             self.text = np.memmap(folder / "captions.bin", np.uint8, "r", shape=(int(self.ends[-1]),))
         except (OSError, ValueError, KeyError) as error:
@@ -236,7 +249,12 @@ class TokenCache:
 
     def image_tokens(self, rows: np.ndarray) -> torch.Tensor:
         """Rows (B,) -> image tokens (B, N) long."""
-        return torch.from_numpy(self.tokens[rows].astype(np.int64))
+        return self.tokens_of(rows)[0]
+
+    def tokens_of(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows (B,) -> tokens of the images (B, N), of the tall ones (B, N/2) and of the wide ones (B, N/2), long."""
+        n = self.meta["image_tokens"]
+        return torch.from_numpy(self.tokens[rows].astype(np.int64)).split((n, n // 2, n // 2), dim=1)
 
     def captions(self, rows: Iterable[int]) -> list[str]:
         """Rows (B,) -> their captions."""
@@ -262,15 +280,16 @@ def write_cache(folder: str | Path, pairs: Iterable[Pair], vqgan, meta: dict, cl
           open(unfinished / "caption_ends.bin", "wb") as end_file):
         on_error.callback(shutil.rmtree, unfinished)
         for batch in batched(pairs, batch_size):
+            parts = (np.stack([getattr(pair, name) for pair in batch]) for name in ("image", "tall", "wide"))
             with torch.inference_mode():
-                tokens = vqgan.encode(to_pixels(np.stack([pair.image for pair in batch])).to(device))  # (B, N)
+                tokens = torch.cat([vqgan.encode(to_pixels(part).to(device)) for part in parts], dim=1)  # (B, 2N)
             token_file.write(tokens.cpu().numpy().astype(np.uint16).tobytes())
             captions = [clean_caption(pair.caption) if clean else pair.caption for pair in batch]
             captions = [caption.encode("utf-8", errors="replace") for caption in captions]
             ends = end + np.cumsum([len(c) for c in captions], dtype=np.int64)                         # (B,)
             caption_file.write(b"".join(captions))
             end_file.write(ends.tobytes())
-            num_pairs, num_tokens, end = num_pairs + len(batch), tokens.shape[1], int(ends[-1])
+            num_pairs, num_tokens, end = num_pairs + len(batch), tokens.shape[1] // 2, int(ends[-1])
         if num_pairs == 0:
             raise DataError(f"{folder}: there is no pair to put into the cache")
         on_error.pop_all()
@@ -327,9 +346,12 @@ def encode_captions(bpe: BPE, captions: list[str], text_length: int, dropout: fl
 
 def make_batch(cache: TokenCache, bpe: BPE, rows: np.ndarray, text_length: int, dropout: float = 0.0,
                key: tuple = ()) -> dict[str, torch.Tensor]:
-    """What objectives.py wants: image_tokens (B, N), text_tokens (B, T), text_lengths (B,)."""
+    """What objectives.py wants: image_tokens (B, N), tall_tokens and wide_tokens (B, N/2), text_tokens (B, T) and
+    text_lengths (B,)."""
+    image_tokens, tall_tokens, wide_tokens = cache.tokens_of(rows)
     text_tokens, text_lengths = encode_captions(bpe, cache.captions(rows), text_length, dropout, key)
-    return {"image_tokens": cache.image_tokens(rows), "text_tokens": text_tokens, "text_lengths": text_lengths}
+    return {"image_tokens": image_tokens, "tall_tokens": tall_tokens, "wide_tokens": wide_tokens,
+            "text_tokens": text_tokens, "text_lengths": text_lengths}
 
 
 def left_out(counts: Counter) -> str:

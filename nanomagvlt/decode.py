@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanomagvlt import sequence
-from nanomagvlt.masking import decoding_counts, gumbel, lowest
+from nanomagvlt.masking import decoding_counts, gumbel, lowest, sample
 
 
 @dataclass(frozen=True)
@@ -80,22 +80,6 @@ def decode(tokens_to_logits: Callable[[Tensor, Tensor], Tensor], tokens: Tensor,
             score = confidence + sign * noise_scale[k] * gumbel(uniform[:, k, 1])                    # (B, N)
             is_masked = lowest(score, counts[:, k + 1], is_hidden if recipe.can_remask else is_masked)
     return tokens, trace
-
-
-def sample(logits: Tensor, uniform: Tensor, top_k: int = 0) -> tuple[Tensor, Tensor]:
-    """One token per place and its probability, each (B, N), from logits (B, N, V) and uniform numbers (B, N).
-
-    The token is where the cumulative distribution passes the uniform number: one random number a place instead of V.
-    top_k > 0 samples among the top_k likeliest tokens only.
-    """
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
-    p = logits.float().softmax(dim=-1)                                                               # (B, N, V)
-    cumulative = p.cumsum(dim=-1)
-    # Slightly below the total, so that rounding never steps past the last token that is possible at all.
-    target = uniform[..., None] * cumulative[..., -1:] * (1 - 1e-6)
-    token = torch.searchsorted(cumulative, target, right=True)                                       # (B, N, 1)
-    return token[..., 0], p.gather(-1, token)[..., 0]
 
 
 def draw_image(model, text_tokens: Tensor, text_lengths: Tensor, generator: torch.Generator,

@@ -1,6 +1,6 @@
 """Chapter 1 - What is hidden, and when.
 
-MAGVLT learns and draws by one act: some tokens are hidden, the model guesses them. This file holds the three
+MAGVLT learns and draws by one act: some tokens are hidden, the model guesses them. This file holds the four
 questions that training and decoding share (sections 3.1 and 3.2 of the paper):
 
   how large a share is hidden?   gamma(u): the share STILL MASKED at progress u in [0, 1]. It falls from 1 to 0.
@@ -8,12 +8,14 @@ questions that training and decoding share (sections 3.1 and 3.2 of the paper):
   how many places is that?       num_masked() in training, decoding_counts() in decoding
   which places?                  lowest(): those with the lowest score. In training the score is a random number,
                                  in decoding it is the model's confidence, with some Gumbel noise.
+  what is put there?             sample(): a token drawn from the model's logits
 
 `is_masked` is True where a token is hidden from the model and is to be predicted: here and everywhere.
 Shapes: B batch, N places of one modality, K decoding steps. `python -m nanomagvlt.masking` prints the schedules.
 Read on in sequence.py.
 """
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,9 +35,13 @@ def gamma(u: Tensor, schedule: str) -> Tensor:
     raise ValueError(f"no schedule {schedule!r}; there are: cosine, linear")
 
 
-def num_masked(share: Tensor, num_places: Tensor | int) -> Tensor:
-    """ceil(share x N) places, at least 1 and at most N (section 3.1). share in [0, 1]: (B,) -> (B,) long."""
-    return (share.double() * num_places - SLACK).ceil().clamp(min=1).long().clamp(max=num_places)
+def num_masked(share: Tensor, num_places: Tensor | int, rounding: Callable[[Tensor], Tensor] = torch.ceil) -> Tensor:
+    """ceil(share x N) places, at least 1 and at most N (section 3.1). share in [0, 1]: (B,) -> (B,) long.
+
+    rounding is torch.ceil, or torch.floor where fewer places are hidden a second time.
+    """
+    slack = SLACK if rounding is torch.floor else -SLACK
+    return rounding(share.double() * num_places + slack).clamp(min=1).long().clamp(max=num_places)
 
 
 def decoding_counts(num_hidden: Tensor, steps: int, schedule: str, can_remask: bool) -> Tensor:
@@ -75,6 +81,22 @@ def gumbel(uniform: Tensor) -> Tensor:
     """
     tiny = torch.finfo(uniform.dtype).tiny
     return -torch.log((-torch.log(uniform.clamp(min=tiny))).clamp(min=tiny))
+
+
+def sample(logits: Tensor, uniform: Tensor, top_k: int = 0) -> tuple[Tensor, Tensor]:
+    """One token per place and its probability, each (B, N), from logits (B, N, V) and uniform numbers (B, N).
+
+    The token is where the cumulative distribution passes the uniform number: one random number a place instead of V.
+    top_k > 0 samples among the top_k likeliest tokens only.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
+    p = logits.float().softmax(dim=-1)                                                               # (B, N, V)
+    cumulative = p.cumsum(dim=-1)
+    # Slightly below the total, so that rounding never steps past the last token that is possible at all.
+    target = uniform[..., None] * cumulative[..., -1:] * (1 - 1e-6)
+    token = torch.searchsorted(cumulative, target, right=True)                                       # (B, N, 1)
+    return token[..., 0], p.gather(-1, token)[..., 0]
 
 
 if __name__ == "__main__":

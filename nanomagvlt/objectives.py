@@ -1,84 +1,242 @@
-"""Chapter 4 - The objective: hide, guess, compare (sections 3.1, 3.2 and 3.5).
+"""Chapter 4 - The objective: hide, guess, compare (sections 3.1 to 3.5).
 
 One task is drawn per update. t2i hides image tokens and shows the caption, i2t hides text tokens and shows the image,
-it2it hides some of both. The loss is the cross entropy at the hidden places, and only there (eq. 1-3), plus that of
-the caption's length (section 3.2); eq. 6 adds them up.
+it2it hides some of both. The loss is the cross entropy at the hidden places, and only there (eq. 1-3). Three terms
+join it; eq. 6, total_loss(), adds them up:
+
+  length   how long is the caption? (section 3.2)
+  unroll   UnrollMask (section 3.3): the model's own guesses are put in, fewer places are hidden again, and the
+           ORIGINAL tokens are asked for. Decoding looks like that: most of what is visible then are earlier guesses,
+           some of them wrong, while in the main pass all that is visible is true.
+  mixsel   MixSel (section 3.4): two images, or two captions, are put side by side as the context, and a selector token
+           says which of them is meant. Whoever answers from habit, without looking, answers for the wrong one.
 
 Everything here is on tokens: no pixel, no string. The model is handed in, and so is the randomness, as
 `draw(purpose, *shape)`, which gives uniform numbers in [0, 1) of shape (B, *shape), always the same for a purpose in
 one update: so that the numbers can be made independent of how a batch is split.
 
-Shapes: B batch, N image places, T text places, V vocabulary. Read on in decode.py.
+Shapes: B batch, N image places on G x G, T text places, V vocabulary. Read on in decode.py.
 """
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanomagvlt import sequence
-from nanomagvlt.masking import gamma, lowest, num_masked
+from nanomagvlt.masking import gamma, lowest, num_masked, sample
 
 Draw = Callable[..., Tensor]
+Batch = dict[str, Tensor]  # image_tokens (B, N), tall_tokens and wide_tokens (B, N/2), text_tokens (B, T), text_lengths
 
 
-def hide(task: str, num_image: int, text_lengths: Tensor, num_text: int, draw: Draw) -> tuple[Tensor, Tensor]:
-    """Which tokens are hidden: image_is_masked (B, N) and text_is_masked (B, T), bool.
+def total_loss(terms: dict[str, Tensor], task: str, cfg) -> Tensor:
+    """Eq. 6, of all terms or of those given: L is a sum, so its parts may be back-propagated one by one."""
+    mask, length, unroll, mixsel = (terms.get(name, 0.0) for name in ("mask", "length", "unroll", "mixsel"))
+    return (mask                                                  # L_mask
+            + cfg.length_weight * length * (task != "t2i")        # + lambda_TL L_TL, not in T2I
+            + cfg.unroll_weight * unroll * (task != "it2it")      # + lambda_UM L_UM, not in IT2IT
+            + cfg.mixsel_weight * mixsel)                         # + lambda_MS L_MS
 
-    r ~ U[0, 1] stands for a moment of decoding (section 3.1). In each hidden modality ceil(gamma(r) N) places, chosen
-    uniformly, are masked: at least 1, never a padding or special place. In it2it both come from one r, in opposite
-    directions, as in the authors' code: a fully hidden image comes with a visible caption, and the reverse.
+
+def loss_terms(model, task: str, batch: Batch, draw: Draw) -> Iterator[dict[str, Tensor]]:
+    """The terms of eq. 6 for one batch of one task, unweighted, pass after pass through the model.
+
+    What is yielded may be back-propagated before the next is asked for: only one pass need be in memory.
     """
-    r = draw("r")                                                                                    # (B,)
-    image_share = gamma(r, "cosine") if task != "i2t" else torch.zeros_like(r)
-    text_share = {"t2i": torch.zeros_like(r), "i2t": gamma(r, "linear"), "it2it": gamma(1 - r, "linear")}[task]
+    cfg, text_tokens, lengths = model.cfg, batch["text_tokens"], batch["text_lengths"]
+    image_may_hide = torch.full_like(batch["image_tokens"], task != "i2t", dtype=torch.bool)         # (B, N)
+    text_may_hide = sequence.real_places(lengths, text_tokens.shape[1]) & (task != "t2i")            # (B, T)
+    image_is_masked, text_is_masked = hide(task, image_may_hide, text_may_hide, draw, "", cfg)
 
-    image_may_hide = torch.full((len(r), num_image), task != "i2t", device=r.device)                 # (B, N)
-    text_may_hide = sequence.real_places(text_lengths, num_text) & (task != "t2i")                   # (B, T)
-    image_is_masked = lowest(draw("image places", num_image), num_masked(image_share, num_image), image_may_hide)
-    text_is_masked = lowest(draw("text places", num_text), num_masked(text_share, text_lengths), text_may_hide)
-    return image_is_masked, text_is_masked
+    seq = sequence.build(task, cfg, batch["image_tokens"], image_is_masked, text_tokens, text_is_masked, lengths)
+    states = model(seq)                                                                              # (B, L, D)
+    loss, logits = guesses(model, states, seq, batch)
+    if cfg.unroll_mask and task != "it2it":
+        # No gradient flows through a guess: it is a number, drawn from the main pass's logits at temperature 1.
+        guessed, _ = sample(logits.detach(), draw("unroll guesses", logits.shape[1]))                # (B, N) or (B, T)
+    terms = {"mask": loss}
+    if task != "t2i" and cfg.length_pass == "main":
+        terms["length"] = length_loss(model, states, seq, lengths)
+    yield terms
+    del terms, loss, logits, states
+
+    if task != "t2i" and cfg.length_pass == "own":
+        seq_length = sequence.build_for_length(task, cfg, batch["image_tokens"], image_is_masked)
+        yield {"length": length_loss(model, model(seq_length), seq_length, lengths)}
+    if cfg.unroll_mask and task != "it2it":
+        yield {"unroll": unroll_mask(model, task, batch, image_is_masked, text_is_masked, guessed, draw)}
+    if cfg.mixsel != "off":
+        yield {"mixsel": mixsel(model, task, batch, draw)}
+
+
+# ---------------------------------------------------------------------------------------------- hide, guess, compare
+
+def hide(task: str, image_may_hide: Tensor, text_may_hide: Tensor, draw: Draw, purpose: str, cfg,
+         rounding: Callable = torch.ceil) -> tuple[Tensor, Tensor]:
+    """Which tokens are hidden, of those that may be: image_is_masked (B, N) and text_is_masked (B, T), bool.
+
+    r ~ U[0, 1] stands for a moment of decoding (section 3.1). In each hidden modality ceil(gamma(r) N) of the N places
+    that may be, chosen uniformly, are masked: at least 1. In it2it both come from one r. In the authors' code they run
+    in opposite directions: a fully hidden image comes with a visible caption, and the reverse; cfg.it2it_ratio "same"
+    hides much of both or little of both, as the paper has it.
+    """
+    r = draw(f"{purpose} r")                                                                         # (B,)
+    r_text = 1 - r if task == "it2it" and cfg.it2it_ratio == "opposite" else r
+    num_image = num_masked(gamma(r, "cosine"), image_may_hide.sum(1), rounding)                      # (B,)
+    num_text = num_masked(gamma(r_text, "linear"), text_may_hide.sum(1))                             # (B,)
+    return (lowest(draw(f"{purpose} image places", image_may_hide.shape[1]), num_image, image_may_hide),
+            lowest(draw(f"{purpose} text places", text_may_hide.shape[1]), num_text, text_may_hide))
+
+
+def guesses(model, states: Tensor, seq: sequence.Sequence, targets: Batch) -> tuple[Tensor, Tensor]:
+    """L at the masked places of a pass, its mean over an image's plus its mean over a text's, and the last logits.
+
+    The targets are the original tokens, whatever stood in the sequence. A modality that is only shown is not scored.
+    it2it adds two means (eq. 3); the paper writes sums over places.
+    """
+    smoothing, loss, logits = model.cfg.label_smoothing, 0.0, None
+    if seq.scores_image:
+        logits, is_masked = model.image_logits(states, seq.layout), seq.is_masked[:, seq.layout.image]
+        loss = loss + masked_cross_entropy(logits, targets["image_tokens"], is_masked, smoothing)    # eq. 2
+    if seq.scores_text:
+        logits, is_masked = model.text_logits(states, seq.layout), seq.is_masked[:, seq.layout.text]
+        loss = loss + masked_cross_entropy(logits, targets["text_tokens"], is_masked, smoothing)     # eq. 1
+    return loss, logits
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, is_masked: Tensor, smoothing: float) -> Tensor:
-    """Mean cross entropy over the masked places of the whole batch (eq. 1-3): a scalar.
+    """Mean cross entropy over the masked places of the whole batch (eq. 1-3): a scalar, 0 where none is masked.
 
-    logits (B, N, V), targets (B, N) long, is_masked (B, N) bool with at least one True. Label smoothing spreads
-    `smoothing` of the target over the modality's own vocabulary. Visible places are ignored, not gathered out, so that
-    no shape depends on the mask.
+    logits (B, N, V), targets (B, N) long, is_masked (B, N) bool. Label smoothing spreads `smoothing` of the target
+    over the modality's own vocabulary. Visible places are ignored, not gathered out, so that no shape depends on the
+    mask.
     """
-    return F.cross_entropy(logits.flatten(0, 1), targets.masked_fill(~is_masked, -100).flatten(),
-                           ignore_index=-100, label_smoothing=smoothing)
+    total = F.cross_entropy(logits.flatten(0, 1), targets.masked_fill(~is_masked, -100).flatten(),
+                            ignore_index=-100, label_smoothing=smoothing, reduction="sum")
+    return total / is_masked.sum().clamp(min=1)
 
 
-def loss_terms(model, task: str, batch: dict[str, Tensor], draw: Draw) -> dict[str, Tensor]:
-    """The terms of eq. 6 for one batch of one task, unweighted: "mask" and, except in t2i, "length".
+def length_loss(model, states: Tensor, seq: sequence.Sequence, lengths: Tensor) -> Tensor:
+    """L_TL (section 3.2): the cross entropy of the captions' lengths (B,), class i for length i + 1."""
+    return F.cross_entropy(model.length_logits(states, seq.layout), lengths - 1)
 
-    batch: image_tokens (B, N), text_tokens (B, T), text_lengths (B,).
+
+# ---------------------------------------------------------------------------------------------- UnrollMask
+
+def unroll_mask(model, task: str, batch: Batch, image_is_masked: Tensor, text_is_masked: Tensor, guessed: Tensor,
+                draw: Draw) -> Tensor:
+    """L_UM (section 3.3, figure 3; eq. 4): one step of decoding, played in training.
+
+    guessed (B, N) in t2i, (B, T) in i2t: the main pass's guesses. They fill the places that were masked; fewer of
+    these are masked again; the originals are asked for there. Guesses that stay visible stay as they are, right or
+    wrong: the model learns to go on from its own mistakes.
     """
-    cfg = model.cfg
-    image_tokens, text_tokens, lengths = batch["image_tokens"], batch["text_tokens"], batch["text_lengths"]
-    image_is_masked, text_is_masked = hide(task, image_tokens.shape[1], lengths, text_tokens.shape[1], draw)
+    cfg, lengths = model.cfg, batch["text_lengths"]
+    image_tokens, text_tokens = batch["image_tokens"], batch["text_tokens"]
+    if task == "t2i":
+        image_tokens = torch.where(image_is_masked, guessed, image_tokens)
+        image_is_masked = hide_fewer(image_is_masked, image_is_masked, "cosine", draw)
+    else:
+        text_tokens = torch.where(text_is_masked, guessed, text_tokens)
+        places = sequence.real_places(lengths, text_tokens.shape[1]) if cfg.unroll_text == "all" else text_is_masked
+        text_is_masked = hide_fewer(text_is_masked, places, "linear", draw)
     seq = sequence.build(task, cfg, image_tokens, image_is_masked, text_tokens, text_is_masked, lengths)
-    states = model(seq)                                                                              # (B, L, D)
+    return guesses(model, model(seq), seq, batch)[0]                                                 # eq. 4
 
-    mask_loss = torch.zeros((), device=states.device)
+
+def hide_fewer(was_masked: Tensor, among: Tensor, schedule: str, draw: Draw) -> Tensor:
+    """floor(gamma(r') x the number masked before), at least 1, of the places `among`: (B, N) bool, with a fresh r'.
+
+    among is was_masked itself, or, for text as an option, all of its places: decoding may mask any of them again.
+    """
+    count = num_masked(gamma(draw("unroll r"), schedule), was_masked.sum(1), torch.floor)            # (B,)
+    return lowest(draw("unroll places", was_masked.shape[1]), count, among)
+
+
+# ---------------------------------------------------------------------------------------------- MixSel
+
+def mixsel(model, task: str, batch: Batch, draw: Draw) -> Tensor:
+    """L_MS (section 3.4, figure 5): two contexts side by side; the selector, in BOG's place, says which is meant.
+
+    The other context is that of another sample of the batch. i2t mixes images and asks for the chosen one's caption,
+    t2i mixes captions and asks for the chosen one's image, it2it mixes both and hides and scores the chosen halves.
+    Images are joined left|right or top|bottom, one direction a batch; captions count as left and right.
+    cfg.mixsel "random" is the paper's control, MixRandom: the same mixes, and no word about which is meant.
+    """
+    cfg, n = model.cfg, batch["image_tokens"].shape[1]
+    own_first = draw("mix side") < 0.5                                                               # (B,)
+    other = {name: tensor[partners(draw("mix partner"))] for name, tensor in batch.items()}
+    first = {name: choose(own_first, tensor, other[name]) for name, tensor in batch.items()}
+    second = {name: choose(own_first, other[name], tensor) for name, tensor in batch.items()}
+    stacked = (draw("mix direction")[:1] < 0.5) & (task != "t2i")                                    # (1,) top|bottom?
+
+    targets, lengths = dict(batch), batch["text_lengths"]
+    image_may_hide = torch.full_like(batch["image_tokens"], task != "i2t", dtype=torch.bool)         # (B, N)
+    text_may_hide = sequence.real_places(lengths, cfg.text_length) & (task != "t2i")                 # (B, T)
+    if task != "t2i":
+        targets["image_tokens"] = join_images(first, second, stacked)
     if task != "i2t":
-        mask_loss = mask_loss + masked_cross_entropy(model.image_logits(states, seq.layout), image_tokens,
-                                                     image_is_masked, cfg.label_smoothing)           # eq. 2
-    if task != "t2i":
-        mask_loss = mask_loss + masked_cross_entropy(model.text_logits(states, seq.layout), text_tokens,
-                                                     text_is_masked, cfg.label_smoothing)            # eq. 1
-    terms = {"mask": mask_loss}                                                 # eq. 3, in it2it: both means added
-    if task != "t2i":
-        if cfg.length_pass == "own":
-            seq = sequence.build_for_length(task, cfg, image_tokens, image_is_masked)
-            states = model(seq)
-        terms["length"] = F.cross_entropy(model.length_logits(states, seq.layout), lengths - 1)     # section 3.2
-    return terms
+        targets["text_tokens"], lengths, is_first, is_second = join_texts(first, second, cfg)
+    if task == "it2it":
+        image_may_hide = first_half(n, stacked) == own_first[:, None]                                # (B, N)
+        text_may_hide = choose(own_first, is_first, is_second)                                       # (B, T)
+
+    rounding = torch.floor if task == "it2it" else torch.ceil
+    image_is_masked, text_is_masked = hide(task, image_may_hide, text_may_hide, draw, "mix", cfg, rounding)
+    selector = torch.where(own_first, torch.where(stacked, sequence.TOP, sequence.LEFT),
+                           torch.where(stacked, sequence.BOTTOM, sequence.RIGHT))                    # (B,)
+    seq = sequence.build(task, cfg, targets["image_tokens"], image_is_masked, targets["text_tokens"], text_is_masked,
+                         lengths, selector if cfg.mixsel == "select" else None)
+    return guesses(model, model(seq), seq, targets)[0]
 
 
-def total_loss(terms: dict[str, Tensor], length_weight: float) -> Tensor:
-    """Eq. 6: the terms, each with its weight; a term that a task does not have is not there."""
-    weights = {"mask": 1.0, "length": length_weight}
-    return sum(weights[name] * term for name, term in terms.items())
+def partners(uniform: Tensor) -> Tensor:
+    """Another row for each row, from uniform numbers (B,): all stand in a random ring, and each takes its neighbour."""
+    ring = uniform.argsort()
+    return ring.roll(1)[ring.argsort()]
+
+
+def choose(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Row by row a where condition (B,), else b."""
+    return torch.where(condition.view(-1, *[1] * (a.ndim - 1)), a, b)
+
+
+def join_images(first: Batch, second: Batch, stacked: Tensor) -> Tensor:
+    """Two squeezed images as one, (B, N): the tall ones side by side or, where stacked, the wide ones."""
+    g = math.isqrt(2 * first["tall_tokens"].shape[1])
+    side_by_side = torch.cat([half["tall_tokens"].unflatten(1, (g, g // 2)) for half in (first, second)], dim=2)
+    one_above_other = torch.cat([first["wide_tokens"], second["wide_tokens"]], dim=1)                # (B, N)
+    return torch.where(stacked[:, None], one_above_other, side_by_side.flatten(1))
+
+
+def first_half(num_image: int, stacked: Tensor) -> Tensor:
+    """True at the image places of the left half or, where stacked (1,), of the top half: (1, N)."""
+    g = math.isqrt(num_image)
+    place = torch.arange(num_image, device=stacked.device)
+    return torch.where(stacked[:, None], place < num_image // 2, place % g < g // 2)
+
+
+def join_texts(first: Batch, second: Batch, cfg) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two captions as one, `a || b end`, in T places: tokens (B, T), lengths (B,), and where a is and where b is.
+
+    The separators stand where a's end token stood. If both do not fit, the longer is cut first, and none below half.
+    The end token belongs to neither.
+    """
+    t, gap = cfg.text_length, cfg.mixsel_separators
+    # Words without the end token, which a caption that was cut at T has not.
+    a, b = (c["text_lengths"] - (c["text_tokens"].gather(1, c["text_lengths"][:, None] - 1)[:, 0] == cfg.text_vocab - 1)
+            .long() for c in (first, second))                                                        # (B,) each
+    room = t - gap - 1
+    a = a.minimum((room - b).clamp(min=room // 2))
+    b = b.minimum(room - a)
+
+    place = torch.arange(t, device=a.device).expand(len(a), t)                                       # (B, T)
+    start_b = (a + gap)[:, None]
+    end = start_b + b[:, None]                                                                       # (B, 1)
+    is_first, is_second = place < a[:, None], (place >= start_b) & (place < end)
+    tokens = torch.where(is_first, first["text_tokens"], sequence.SEPARATOR)
+    tokens = torch.where(is_second, second["text_tokens"].gather(1, (place - start_b).clamp(min=0)), tokens)
+    tokens = torch.where(place >= end, cfg.text_vocab - 1, tokens)
+    return tokens, end[:, 0] + 1, is_first, is_second

@@ -32,6 +32,8 @@ from nanomagvlt.config import Config
 SPECIAL_TOKENS = ("BOI", "BOT", "BOC", "BOG", "MASK_IMG", "MASK_TXT", "LEFT", "RIGHT", "TOP", "BOTTOM")
 BOI, BOT, BOC, BOG, MASK_IMG, MASK_TXT, LEFT, RIGHT, TOP, BOTTOM = range(10)
 
+SEPARATOR = 91  # "|", with no word's end, in the text vocabularies of CLIP and of bpe.py: between two mixed captions
+
 TEXT_FIRST = ("BOC", "BOT", "text", "BOG", "BOI", "image")
 IMAGE_FIRST = ("BOC", "BOI", "image", "BOG", "BOT", "text")
 ORDER = {"t2i": TEXT_FIRST, "i2t": IMAGE_FIRST, "it2it": IMAGE_FIRST}
@@ -69,6 +71,8 @@ class Sequence:
     is_masked: Tensor   # (B, L) True: hidden, to be predicted
     is_valid: Tensor    # (B, L) True: a real token, not padding
     layout: Layout
+    scores_image: bool  # are image tokens to be guessed here?
+    scores_text: bool   # are text tokens?
 
 
 def real_places(lengths: Tensor, num_text: int) -> Tensor:
@@ -110,7 +114,8 @@ def build(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor,
         pieces[name] = (ids, row, row, torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
 
     columns = zip(*(pieces[name] for name in ORDER[task]))
-    return Sequence(*(torch.cat(column, dim=-1) for column in columns), layout(task, n, t))
+    return Sequence(*(torch.cat(column, dim=-1) for column in columns), layout(task, n, t),
+                    scores_image=task != "i2t", scores_text=task != "t2i")
 
 
 def build_for_length(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor) -> Sequence:

@@ -189,21 +189,21 @@ class VQGAN(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, S, S) in [-1, 1] -> the vectors to be quantised (B, codebook_dim, G, G)."""
+        """Pixels (B, 3, S, S) in [-1, 1] -> the vectors to be quantised (B, codebook_dim, G, G). Or any rectangle."""
         if not self.cfg.vq_patchwise:
             return self.quant_conv(self.encoder(pixels))
-        b, g = len(pixels), self.cfg.grid
-        p = self.cfg.image_size // g                                                               # a patch's side
-        patches = pixels.view(b, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(b * g * g, 3, p, p)
+        b, p = len(pixels), self.cfg.image_size // self.cfg.grid                                   # p: a patch's side
+        h, w = pixels.shape[2] // p, pixels.shape[3] // p
+        patches = pixels.view(b, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(b * h * w, 3, p, p)
         z = self.quant_conv(self.encoder(patches))                                                 # (B*G*G, c, 1, 1)
-        return z.view(b, g, g, -1).permute(0, 3, 1, 2)                                             # (B, c, G, G)
+        return z.view(b, h, w, -1).permute(0, 3, 1, 2)                                             # (B, c, G, G)
 
     def codes_of(self, z: Tensor) -> Tensor:
         """Features (B, codebook_dim, G, G) -> their nearest codes (B, G*G), in raster order."""
         return self.quantize(z.permute(0, 2, 3, 1).flatten(0, 2)).view(len(z), -1)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, S, S) in [-1, 1] -> image tokens (B, G*G) long in [0, V), in raster order."""
+        """Pixels (B, 3, S, S) in [-1, 1] -> image tokens (B, G*G) long in [0, V), in raster order. Or any rectangle."""
         return self.codes_of(self.features(pixels))
 
     def decode(self, image_tokens: Tensor) -> Tensor:

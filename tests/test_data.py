@@ -120,7 +120,8 @@ def test_pixels_there_and_back():
 
 @pytest.fixture
 def pairs() -> list[Pair]:
-    return [Pair(str(i), np.full((16, 16, 3), i * 3, dtype=np.uint8), caption)
+    noise = np.random.default_rng(0).integers(0, 255, (80, 20, 30, 3), dtype=np.uint8)
+    return [Pair.of(str(i), Image.fromarray(noise[i]), 16, caption)
             for i, caption in enumerate(["red", "größer ☃", "x", "a\tb"] * 20)]
 
 
@@ -132,7 +133,9 @@ def test_cache_holds_what_went_in(cfg, pairs, tmp_path):
         rows = np.array([79, 0, 3, 3])
         assert len(cache) == 80 and cache.meta["vqgan"] == "abc"
         assert cache.captions(rows) == [pairs[i].caption for i in rows]
-        assert torch.equal(cache.image_tokens(rows), vqgan.encode(to_pixels(np.stack([pairs[i].image for i in rows]))))
+        for name, tokens in zip(("image", "tall", "wide"), cache.tokens_of(rows), strict=True):
+            assert torch.equal(tokens, vqgan.encode(to_pixels(np.stack([getattr(pairs[i], name) for i in rows]))))
+        assert torch.equal(cache.image_tokens(rows), cache.tokens_of(rows)[0])
     batch = make_batch(written, BPE_0, rows, 6)
     assert batch["image_tokens"].shape == (4, 4) and batch["text_tokens"].shape == (4, 6)
     assert batch["text_lengths"].tolist() == [3, 4, 3, 3]

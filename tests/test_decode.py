@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanomagvlt.config import Config, preset
-from nanomagvlt.decode import Recipe, decode, draw_image, image_recipe, predict_length, sample, text_recipe, write_text
-from nanomagvlt.masking import decoding_counts
+from nanomagvlt.decode import Recipe, decode, draw_image, image_recipe, predict_length, text_recipe, write_text
+from nanomagvlt.masking import decoding_counts, sample
 
 IMAGE, TEXT = image_recipe(Config()), text_recipe(Config())
 V = 9
