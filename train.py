@@ -34,6 +34,7 @@ from nanomagvlt.objectives import loss_terms, total_loss
 from nanomagvlt.sequence import TASKS
 from nanomagvlt.vqgan import VQGAN, Codebook, codebook_use
 
+REFERENCES = Path(__file__).parent / "data" / "results"
 STAGES = ("vqgan", "cache", "bpe", "model")
 EXAMPLES = """examples:
   python train.py --preset tiny                                    the small world, in minutes on a laptop CPU
@@ -268,6 +269,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
                         vqgan=generator.vqgan.state_dict(), trained=model.state_dict(),
                         optimizer=optimizer.state_dict())
 
+    before = reference_losses(cfg)
     log, recent = Log(run / "log.jsonl", step), {}  # recent: each task's last loss terms, for the bar
     with Interrupt() as stop, tqdm(total=cfg.steps, initial=step, desc="model", unit="step") as bar:
         while step < cfg.steps:
@@ -285,7 +287,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
                 losses = validate(averaged, cfg, caches["val"], bpe)
                 log.write(step=step, **{f"val_{name}": value for name, value in losses.items()})
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-                tqdm.write(f"step {step:,}: validation {shown}")
+                tqdm.write(f"step {step:,}: validation {shown}" + before.get(step, ""))
                 if losses["mask"] < best:
                     best = losses["mask"]
                     save("best.pt")
@@ -316,6 +318,19 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, c
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
     optimizer.step()
     return task, terms, norm
+
+
+def reference_losses(cfg: Config) -> dict[int, str]:
+    """What the run in data/results that had these settings, the seed aside, says of its validations: by step."""
+    may_differ, said = {*MAY_CHANGE, "seed", "text_vocab"} - {"steps"}, {}
+    for path in REFERENCES.glob("*/config.json"):
+        theirs = json.loads(path.read_text())
+        if all(as_json == theirs.get(name) or name in may_differ
+               for name, as_json in json.loads(json.dumps(dataclasses.asdict(cfg))).items()):
+            records = map(json.loads, (path.parent / "log.jsonl").read_text().splitlines())
+            said |= {record["step"]: f" (mask {record['val_mask']:.3f} in data/results/{path.parent.name})"
+                     for record in records if "val_mask" in record}
+    return said
 
 
 @torch.no_grad()

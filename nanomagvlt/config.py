@@ -56,8 +56,8 @@ class Config:
     dropout: float = 0.0                     # on residuals and attention; P 0.1
     init_std: float = 0.09                   # weights and positions start as N(0, init_std); P 0.02
     # Objective (eq. 6)
-    task_weights: tuple[float, ...] = (2.0, 1.0, 1.0)  # how often T2I, I2T, IT2IT are drawn; P 8,1,1
-    length_weight: float = 0.01              # lambda_TL; P 0.01
+    task_weights: tuple[float, ...] = (2.0, 2.0, 1.0)  # how often T2I, I2T, IT2IT are drawn; P 8,1,1
+    length_weight: float = 0.1               # lambda_TL; P 0.01
     length_pass: str = "own"                 # the length is learnt in the main pass, or in its own as it is guessed in
     unroll_mask: bool = False                # UnrollMask (section 3.3): one more pass in T2I and I2T; P true
     unroll_weight: float = 1.0               # lambda_UM; P 1
@@ -68,8 +68,8 @@ class Config:
     it2it_ratio: str = "opposite"            # mask ratios of image and text run in opposite directions, or the same
     label_smoothing: float = 0.0             # P 0.1
     # Optimiser
-    steps: int = 6000                        # updates; P 40,000
-    batch_size: int = 32                     # pairs an update; P 4,096
+    steps: int = 12_000                      # updates; P 40,000
+    batch_size: int = 16                     # pairs an update; P 4,096
     lr: float = 1e-3                         # peak learning rate, cosine to 0 after the warm-up; P 4.5e-4
     warmup: int = 100                        # updates of linear warm-up
     betas: tuple[float, ...] = (0.9, 0.96)   # AdamW; P 0.9, 0.96
@@ -84,14 +84,14 @@ class Config:
     text_steps: int = 12                     # K for text; P 12
     text_temperature: float = 0.1            # sampling temperature, every step
     text_top_k: int = 32                     # sample among this many likeliest tokens; 0: among all
-    text_choice: str = "draw"                # places masked again: draw (by confidence, at random) or least (confident)
+    text_choice: str = "least"               # places masked again: draw (by confidence, at random) or least (confident)
     length_places: int = 16                  # text places visible, all masked, when the length is predicted
     # Housekeeping
     seed: int = 0                            # same seed, same device, same result
     log_every: int = 10                      # updates between lines of log.jsonl
-    eval_every: int = 500                    # updates between validations (and best.pt)
-    sample_every: int = 1000                 # updates between PNGs of samples
-    save_every: int = 500                    # updates between saves of last.pt
+    eval_every: int = 1000                   # updates between validations (and best.pt)
+    sample_every: int = 2000                 # updates between PNGs of samples
+    save_every: int = 1000                   # updates between saves of last.pt
     eval_scenes: int = 200                   # unseen scenes for the accuracies printed at the end, if data is shapes
 
     def __post_init__(self):
@@ -157,16 +157,15 @@ class Config:
 
 
 PRESETS = {
-    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=600, steps=1000, eval_scenes=100,
-                  eval_every=250, sample_every=500, save_every=250, task_weights=(1.0, 1.0, 0.0)),
+    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=600, steps=1000, batch_size=32,
+                  eval_scenes=100, eval_every=250, sample_every=500, save_every=250, task_weights=(1.0, 1.0, 0.0)),
     "tiny": dict(),
     "base": dict(data="", image_size=256, text_length=64, text_vocab=49_408, clean_captions=True, bpe_dropout=0.1,
                  codebook_size=16_384, codebook_dim=256, vq_channels=128, vq_multipliers=(1, 1, 2, 2, 4),
                  vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32, vq_patchwise=False, layers=24,
-                 width=1024, heads=8, dropout=0.1, init_std=0.02, task_weights=(8.0, 1.0, 1.0), length_pass="main",
-                 unroll_mask=True, mixsel="select",
-                 label_smoothing=0.1, steps=40_000, batch_size=4096, lr=4.5e-4, warmup=1000,
-                 ema=0.9999),
+                 width=1024, heads=8, dropout=0.1, init_std=0.02, task_weights=(8.0, 1.0, 1.0), length_weight=0.01,
+                 length_pass="main", unroll_mask=True, mixsel="select", label_smoothing=0.1, steps=40_000,
+                 batch_size=4096, lr=4.5e-4, warmup=1000, ema=0.9999, text_choice="draw"),
 }
 
 PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=80_000)

@@ -19,7 +19,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations, permutations, product
 from random import Random
@@ -52,6 +52,7 @@ class Level:
     colours: tuple[str, ...]
     sizes: tuple[str, ...]
     odds: tuple[float, ...]
+    bias: float = 0.0  # how often a shape has its USUAL colour for sure; else, as everywhere, any colour
 
 
 _BASIC = (("white", "black"), ("circle", "square", "triangle"), ("red", "green", "blue", "yellow"), ("big",))
@@ -61,6 +62,8 @@ LEVELS = {
     "full": Level("full", 8, ("white", "black", "gray"), ("circle", "square", "triangle", "cross"),
                   ("red", "green", "blue", "yellow", "purple", "cyan"), ("small", "big"), (0.3, 0.5, 0.2)),
 }
+# A world with habits, for the paper's figure 4: who has learnt them may say what is usual instead of what is there.
+USUAL = {"circle": "red", "square": "blue", "triangle": "green", "cross": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,14 @@ class Scene:
 
 
 def get_level(level: str | Level) -> Level:
-    """The level of that name (a Level passes through). ValueError names the nearest level if unknown."""
+    """The level of that name (a Level passes through), or its biased variant: "tiny-biased".
+
+    ValueError names the nearest level if unknown.
+    """
     if isinstance(level, Level):
         return level
+    if level.removesuffix("-biased") in LEVELS and level.endswith("-biased"):
+        return replace(LEVELS[level.removesuffix("-biased")], name=level, bias=0.9)
     if level not in LEVELS:
         nearest = difflib.get_close_matches(str(level), LEVELS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown level {level!r}, did you mean {nearest!r}? Levels: {', '.join(LEVELS)}")
@@ -119,7 +127,9 @@ def random_scene(level: str | Level, rng: Random, split: str | None = None) -> S
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}, or None")
     while True:  # rejection: at worst one scene in ten is of the split asked for
         n = rng.choices(range(1, len(level.odds) + 1), level.odds)[0]
-        looks = [map(rng.choice, (level.shapes, level.colours, level.sizes)) for _ in range(n)]
+        looks = [list(map(rng.choice, (level.shapes, level.colours, level.sizes))) for _ in range(n)]
+        if level.bias:
+            looks = [(a, USUAL[a] if rng.random() < level.bias else colour, size) for a, colour, size in looks]
         things = tuple(Thing(*look, cell) for look, cell in zip(looks, rng.sample(range(4), n)))
         scene = Scene(rng.choice(level.backgrounds), things)
         if split in (None, split_of(scene)):

@@ -7,7 +7,7 @@ from nanomagvlt.config import Config, preset
 from nanomagvlt.decode import Recipe, decode, draw_image, image_recipe, predict_length, text_recipe, write_text
 from nanomagvlt.masking import decoding_counts, sample
 
-IMAGE, TEXT = image_recipe(Config()), text_recipe(Config())
+IMAGE, TEXT = image_recipe(Config()), text_recipe(Config(text_choice="draw"))
 V = 9
 
 

@@ -9,7 +9,7 @@ from nanomagvlt import objectives, sequence
 from nanomagvlt.objectives import (first_half, hide, hide_fewer, join_images, join_texts, loss_terms,
                                    masked_cross_entropy, mixsel, partners, total_loss)
 
-WHOLE = dict(unroll_mask=True, mixsel="select", mixsel_separators=1, text_vocab=100)
+WHOLE = dict(length_weight=0.01, unroll_mask=True, mixsel="select", mixsel_separators=1, text_vocab=100)
 
 
 @pytest.fixture

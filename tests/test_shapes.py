@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from nanomagvlt.shapes import (
-    CELL, LEVELS, RGB, SPLITS, THRESHOLD, Claim, Claims, Scene, Thing, Verdict, captions, describe, draw_cell,
+    CELL, LEVELS, RGB, SPLITS, THRESHOLD, USUAL, Claim, Claims, Scene, Thing, Verdict, captions, describe, draw_cell,
     draw_scene, enumerate_scenes, get_level, holds, judge, main, parse, places, random_scene, read,
     read_images, split_of, templates, tile_errors, vocabulary)
 
@@ -235,3 +235,13 @@ def test_main_writes_only_where_told(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir()) and "exact=True" in capsys.readouterr().out
     main(["sheet.png"])
     assert Image.open("sheet.png").size == (1152, 432)
+
+
+def test_the_biased_world_has_its_habits_and_the_same_splits():
+    rng = Random(0)
+    scenes = [random_scene("tiny-biased", rng, "train") for _ in range(3000)]
+    things = [thing for scene in scenes for thing in scene.things]
+    usual = sum(thing.colour == USUAL[thing.shape] for thing in things) / len(things)
+    assert abs(usual - (0.9 + 0.1 / 4)) < 0.02
+    assert {thing.shape for thing in things} == set(LEVELS["tiny"].shapes)
+    assert all(split_of(scene) == "train" for scene in scenes)

@@ -139,3 +139,18 @@ def test_no_decay_on_biases_norms_embeddings_positions(cfg, model):
     assert all(names[id(p)].endswith(".weight") and "norm" not in names[id(p)] for p in decayed["params"])
     assert {"tokens.weight", "places.weight", "output_bias", "head.2.weight"} <= {names[id(p)] for p in rest["params"]}
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
+
+
+def test_validation_is_shown_beside_the_reference_run_of_the_same_settings(straight, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results" / "small").mkdir(parents=True)
+    for name in ("config.json", "log.jsonl"):
+        (tmp_path / "results" / "small" / name).write_bytes(straight[name])
+    monkeypatch.setattr(train, "REFERENCES", tmp_path / "results")
+    run("--name", "same", "--seed", "5", "--vqgan", "")
+    losses = [record["val_mask"] for record in map(json.loads, straight["log.jsonl"].splitlines())
+              if "val_mask" in record]
+    out = capsys.readouterr().out
+    assert len(losses) == 2 and all(f"(mask {loss:.3f} in data/results/small)" in out for loss in losses)
+    run("--name", "other", "--lr", "1e-4")
+    assert "in data/results" not in capsys.readouterr().out
