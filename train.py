@@ -33,6 +33,7 @@ from nanomagvlt.model import MAGVLT, num_parameters
 from nanomagvlt.objectives import loss_terms, total_loss
 from nanomagvlt.sequence import TASKS
 from nanomagvlt.vqgan import VQGAN, Codebook, codebook_use
+from nanomagvlt.vqloss import Critic, Perceptual, adversary_share, critic_loss, painter_loss
 
 REFERENCES = Path(__file__).parent / "data" / "results"
 STAGES = ("vqgan", "cache", "bpe", "model")
@@ -116,14 +117,10 @@ def get_vqgan(cfg: Config, run: Path, device: torch.device) -> VQGAN:
 def train_vqgan(cfg: Config, path: Path, device: torch.device) -> VQGAN:
     """The image tokenizer, trained on the images of the training pairs (chapter 6); goes on where path stopped."""
     torch.manual_seed(keyed_seed(cfg.seed, "vqgan weights"))
-    model, step = VQGAN(cfg).to(device), 0
-    codebook, optimizer = Codebook(model.quantize.embedding, cfg.vq_decay), optimizer_for(model, cfg, cfg.vq_lr)
+    players, step = Players(cfg, device), 0
     if path.exists():
-        state = checkpoint.load(path, "vqgan")
-        step = state["step"]
-        model.load_state_dict(state["vqgan"])
-        optimizer.load_state_dict(state["optimizer"])
-        codebook.load_state_dict(state["codebook"])
+        step = players.load(checkpoint.load(path, "vqgan"))
+    model = players.vqgan
 
     images = vqgan_images(cfg)                                                                       # (n, S, S, 3)
     print(f"vqgan: {num_parameters(model):,} parameters on {len(images):,} images of {cfg.image_size}x{cfg.image_size}"
@@ -131,16 +128,15 @@ def train_vqgan(cfg: Config, path: Path, device: torch.device) -> VQGAN:
     log = Log(path.parent / "vqgan_log.jsonl", step)
     with Interrupt() as stop, tqdm(total=cfg.vq_steps, initial=step, desc="vqgan", unit="step") as bar:
         while step < cfg.vq_steps:
-            l1, commitment, codes = update_vqgan(model, codebook, optimizer, cfg, images, step)
+            terms, codes = update_vqgan(players, cfg, images, step)
             step += 1
             bar.update()
             if step % cfg.log_every == 0:
                 share, perplexity = codebook_use(codes, cfg.codebook_size)
-                log.write(step=step, l1=l1.item(), commitment=commitment.item(), used=share, perplexity=perplexity)
-                bar.set_postfix_str(f"l1 {l1.item():.4f}, perplexity {perplexity:.1f}, {share:.0%} of codes")
+                log.write(step=step, used=share, perplexity=perplexity, **{n: t.item() for n, t in terms.items()})
+                bar.set_postfix_str(f"l1 {terms['l1'].item():.4f}, perplexity {perplexity:.1f}, {share:.0%} of codes")
             if step % cfg.save_every == 0 or step == cfg.vq_steps or stop.came:
-                checkpoint.save(path, "vqgan", cfg, step=step, vqgan=model.state_dict(),
-                                optimizer=optimizer.state_dict(), codebook=codebook.state_dict())
+                checkpoint.save(path, "vqgan", cfg, step=step, **players.state())
             if stop.came and step < cfg.vq_steps:
                 raise Stopped(f"{path} at step {step}")
     report_vqgan(model.eval(), cfg, images)
@@ -160,13 +156,40 @@ def vqgan_images(cfg: Config) -> np.ndarray:
     return np.stack([pair.image for pair in pairs] + joined)
 
 
-def update_vqgan(model: VQGAN, codebook: Codebook, optimizer: torch.optim.Optimizer, cfg: Config, images: np.ndarray,
-                 step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One update: the mean absolute error, the commitment loss, and the batch's codes (B, N).
+class Players:
+    """The VQ-GAN in training, with its codebook, its judges and their optimisers; critic and perceptual may be None."""
+
+    def __init__(self, cfg: Config, device: torch.device):
+        self.vqgan = VQGAN(cfg).to(device)
+        self.codebook = Codebook(self.vqgan.quantize.embedding, cfg.vq_decay)
+        self.optimizer = optimizer_for(self.vqgan, cfg, cfg.vq_lr)
+        self.perceptual = Perceptual.load(cfg.vq_vgg, cfg.vq_lpips).to(device) if cfg.vq_vgg else None
+        self.critic = Critic(cfg.vq_critic_channels).to(device) if cfg.vq_critic else None
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), betas=(0.5, 0.9)) if self.critic else None
+
+    def parts(self) -> dict:
+        """What a checkpoint keeps, by name."""
+        parts = {"vqgan": self.vqgan, "optimizer": self.optimizer, "codebook": self.codebook}
+        return {**parts, "critic": self.critic, "critic_optimizer": self.critic_optimizer} if self.critic else parts
+
+    def state(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts().items()}
+
+    def load(self, content: dict) -> int:
+        """Goes on from a checkpoint; returns its step."""
+        for name, part in self.parts().items():
+            part.load_state_dict(content[name])
+        return content["step"]
+
+
+def update_vqgan(players: Players, cfg: Config, images: np.ndarray,
+                 step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """One update of the painter and, once it counts, of the critic (chapter 7): the loss terms, the codes (B, N).
 
     The first vq_start updates train a plain autoencoder: a codebook laid over features that are still moving fast
     loses most of its codes.
     """
+    model, codebook = players.vqgan, players.codebook
     device = model.quantize.embedding.weight.device
     quantise = step >= cfg.vq_start
     if step == cfg.vq_start:
@@ -175,17 +198,28 @@ def update_vqgan(model: VQGAN, codebook: Codebook, optimizer: torch.optim.Optimi
             codebook.start(as_rows(model.features(first)), keyed_generator(cfg.seed, "codebook start"))
 
     pixels = to_pixels(images[rows_of_step(step, cfg.vq_batch, len(images), cfg.seed)]).to(device)   # (B, 3, S, S)
+    lr = learning_rate(step, cfg.vq_lr, 50, cfg.vq_steps)
     reconstruction, commitment, z, codes = model(pixels, quantise)
-    error = reconstruction - pixels
-    l1, l2 = error.abs().mean(), error.square().mean()
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, cfg.vq_lr, 50, cfg.vq_steps)
-    optimizer.zero_grad()
-    (l1 + l2 + cfg.vq_commitment * commitment).backward()
-    optimizer.step()
+    share = adversary_share(step, cfg.vq_critic_start, cfg.vq_critic_ramp)
+    loss, terms = painter_loss(pixels, reconstruction, model.decoder.conv_out.weight, players.critic,
+                               players.perceptual, share)
+    follow(players.optimizer, loss + cfg.vq_commitment * commitment, lr)
     if quantise:
         codebook.update(as_rows(z.detach()), codes.flatten(), keyed_generator(cfg.seed, "codebook", step))
-    return l1.detach(), commitment.detach(), codes
+    if players.critic and share > 0:
+        loss, more = critic_loss(players.critic, pixels, reconstruction)
+        follow(players.critic_optimizer, loss, lr / 4)
+        terms |= more
+    return {**terms, "commitment": commitment.detach()}, codes
+
+
+def follow(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> None:
+    """One step down the loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def as_rows(z: torch.Tensor) -> torch.Tensor:

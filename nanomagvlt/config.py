@@ -49,6 +49,12 @@ class Config:
     vq_lr: float = 2e-3                      # peak learning rate
     vq_commitment: float = 0.25              # weight of the commitment loss
     vq_decay: float = 0.95                   # moving average of the codebook, per update
+    vq_critic: bool = False                  # an adversary judges reconstructions (chapter 7); P yes
+    vq_critic_channels: int = 64             # of its first layer
+    vq_critic_start: int = 500               # updates before it counts
+    vq_critic_ramp: int = 200                # updates over which its share rises to the whole
+    vq_vgg: str = ""                         # torchvision's vgg16-397923af.pth, for the perceptual loss; empty: none
+    vq_lpips: str = ""                       # and LPIPS's own vgg.pth, which goes with it
     # Transformer
     layers: int = 4                          # P 24
     width: int = 128                         # D; P 1024
@@ -134,6 +140,7 @@ class Config:
             (not 0 <= self.label_smoothing < 1, f"label_smoothing {self.label_smoothing} must lie in [0, 1)"),
             (not 0 <= self.dropout < 1, f"dropout {self.dropout} must lie in [0, 1)"),
             (not 0 <= self.bpe_dropout <= 1, f"bpe_dropout {self.bpe_dropout} must lie in [0, 1]"),
+            (bool(self.vq_vgg) != bool(self.vq_lpips), "vq_vgg and vq_lpips: the perceptual loss wants both"),
             (not 0 <= self.ema < 1, f"ema {self.ema} must lie in [0, 1)"),
             (not 0 <= self.vq_mixed <= 1, f"vq_mixed {self.vq_mixed} must lie in [0, 1]"),
             (len(self.betas) != 2, f"betas {self.betas} must be two numbers"),
@@ -146,7 +153,7 @@ class Config:
             (self.text_temperature <= 0, f"text_temperature {self.text_temperature} must be > 0"),
         ]
         at_least_one = ("pairs image_size text_length codebook_size codebook_dim vq_channels vq_latent vq_groups "
-                        "vq_images vq_batch layers width heads batch_size text_steps "
+                        "vq_images vq_batch vq_critic_channels layers width heads batch_size text_steps "
                         "log_every eval_every sample_every save_every")
         problems += [(getattr(self, name) < 1, f"{name} {getattr(self, name)} must be at least 1")
                      for name in at_least_one.split()]

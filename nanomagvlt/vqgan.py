@@ -11,7 +11,7 @@ look alike, and spends a small codebook on that.
 What trains the codebook, its moving averages, lives outside the network, in Codebook at the end.
 
 Shapes: B batch, S image side in pixels, G = sqrt(N) tokens a side, C channels, V codes. Pixels are in [-1, 1].
-Read on in bpe.py.
+Read on in vqloss.py.
 """
 import math
 

@@ -9,7 +9,7 @@ PACKAGE = {path.stem: path for path in (ROOT / "nanomagvlt").glob("[!_]*.py")}
 FILES = [*PACKAGE.values(), *ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
 
 MAY_IMPORT = {
-    "config": "", "masking": "", "bpe": "", "shapes": "",
+    "config": "", "masking": "", "bpe": "", "shapes": "", "vqloss": "",
     "sequence": "config", "vqgan": "config", "model": "config sequence",
     "objectives": "sequence masking", "decode": "sequence masking",
     "data": "bpe shapes", "checkpoint": "bpe config model vqgan",

@@ -57,6 +57,25 @@ def test_a_run_leaves_what_the_readme_says(straight):
     assert straight["last.pt"]["step"] == 6 and straight["config.json"] != straight["scenes.json"]
 
 
+def test_the_critic_is_trained_and_resumed_with_the_rest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--stage vqgan --vq-critic true --vq-critic-channels 4 --vq-critic-start 3 --vq-critic-ramp 2".split()
+    whole = content(run(*flags, "--name", "a").parent / "a")
+    original = train.update_vqgan
+
+    def with_ctrl_c(*args):
+        if args[-1] == 3:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update_vqgan", with_ctrl_c)
+        run(*flags, "--name", "b")
+    assert equal(whole, content(run(*flags, "--name", "b").parent / "b"))
+    log = [json.loads(line) for line in whole["vqgan_log.jsonl"].splitlines()]
+    for name in ("critic_real", "critic_fake", "adversarial", "adversarial_weight"):
+        assert [name in line for line in log] == [False] * 3 + [True] * 3
+
+
 @pytest.mark.parametrize("update", [1, 3, 5])
 @pytest.mark.parametrize("stage", ["update_vqgan", "update_model"])
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(stage, update, straight, tmp_path, monkeypatch, capsys):
