@@ -87,7 +87,7 @@ class Config:
     image_temperature: tuple[float, ...] = (1.4, 0.6)  # sampling temperature, first step to last
     image_top_k: int = 0                     # sample among this many likeliest tokens; 0: among all
     image_noise: tuple[float, ...] = (2.0, 0.2)  # Gumbel noise on the confidence, first step to last
-    text_steps: int = 12                     # K for text; P 12
+    text_steps: int = 24                     # K for text; P 12
     text_temperature: float = 0.1            # sampling temperature, every step
     text_top_k: int = 32                     # sample among this many likeliest tokens; 0: among all
     text_choice: str = "least"               # places masked again: draw (by confidence, at random) or least (confident)
@@ -172,7 +172,8 @@ PRESETS = {
                  vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32, vq_patchwise=False, layers=24,
                  width=1024, heads=8, dropout=0.1, init_std=0.02, task_weights=(8.0, 1.0, 1.0), length_weight=0.01,
                  length_pass="main", unroll_mask=True, mixsel="select", label_smoothing=0.1, steps=40_000,
-                 batch_size=4096, lr=4.5e-4, warmup=1000, ema=0.9999, text_choice="draw"),
+                 batch_size=4096, lr=4.5e-4, warmup=1000, ema=0.9999, text_steps=12,
+                 text_choice="draw"),
 }
 
 PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=80_000)
