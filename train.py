@@ -468,6 +468,7 @@ def main(argv: list[str] | None = None) -> None:
         stages(cfg, run, device, args.stage)
     except Stopped as what:
         print(f"stopped: {what}; the same command goes on from there")
+        sys.exit(130)  # not 0: `train.py && sample.py` is not to go on with half a model
     except KeyboardInterrupt:  # between the training loops; what is unfinished there is done anew
         parser.exit(130, "stopped; the same command goes on from the last finished stage\n")
     except (DataError, checkpoint.CheckpointError, ValueError) as error:

@@ -46,6 +46,9 @@ def load(path: str | Path, kind: str) -> dict:
     if not isinstance(content, dict) or content.get("kind") != kind:
         found = content.get("kind") if isinstance(content, dict) else None
         raise CheckpointError(f"{path}: holds {found or 'something else'}, where a {kind} checkpoint is wanted")
+    needed = {"vqgan": ("config", "vqgan"), "magvlt": ("config", "model", "vqgan", "bpe")}[kind]
+    if missing := [name for name in needed if name not in content]:
+        raise CheckpointError(f"{path}: a {kind} checkpoint without its {missing[0]}")
     try:
         content["config"] = from_dict(content["config"])
     except (KeyError, TypeError, ValueError) as error:

@@ -167,7 +167,7 @@ PRESETS = {
     "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=600, steps=1000, batch_size=32,
                   eval_scenes=100, eval_every=250, sample_every=500, save_every=250, task_weights=(1.0, 1.0, 0.0)),
     "tiny": dict(),
-    "base": dict(data="", image_size=256, text_length=64, text_vocab=49_408, clean_captions=True, bpe_dropout=0.1,
+    "base": dict(data="", image_size=256, text_length=64, bpe_merges=48_894, clean_captions=True, bpe_dropout=0.1,
                  codebook_size=16_384, codebook_dim=256, vq_channels=128, vq_multipliers=(1, 1, 2, 2, 4),
                  vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32, vq_patchwise=False, layers=24,
                  width=1024, heads=8, dropout=0.1, init_std=0.02, task_weights=(8.0, 1.0, 1.0), length_weight=0.01,

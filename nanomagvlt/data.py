@@ -44,6 +44,8 @@ MAX_PIXELS = 64_000_000   # more is refused unread: a few bytes of PNG can claim
 MAX_ASPECT = 20           # a longer strip has nothing to show after a square crop
 MAX_BAD_SHARE = 0.05      # a source worse than this is a mistake, not bad luck
 
+CACHE_FILES = ("tokens.bin", "captions.bin", "caption_ends.bin", "meta.json")
+
 Content = Callable[[], bytes]  # what is in a file, read when it is asked for
 
 
@@ -270,6 +272,11 @@ def write_cache(folder: str | Path, pairs: Iterable[Pair], vqgan, meta: dict, cl
     """
     folder = Path(folder)
     unfinished = folder.with_name(folder.name + ".unfinished")
+    for place, mark in ((folder, "meta.json"), (unfinished, "tokens.bin")):  # only what is ours may be replaced
+        if place.exists() and not (place / mark).exists() and (not place.is_dir() or any(place.iterdir())):
+            raise DataError(f"{place} is there and is no token cache: name another folder, nothing in it was touched")
+    if (folder / "meta.json").exists() and any(path.name not in CACHE_FILES for path in folder.iterdir()):
+        raise DataError(f"{folder} holds more than a token cache: name another folder, nothing in it was touched")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     device = vqgan.quantize.embedding.weight.device

@@ -88,11 +88,12 @@ def load_generator(path: str | Path, device: str = "auto", bpe_file: str | Path 
                    sha256: str = "") -> Generator:
     """A trained checkpoint, ours or the authors', ready to draw and caption.
 
-    bpe_file, heads and sha256 matter to the authors' files alone, which do not say them: CLIP's merges, the number of
-    heads (0: width / 128), the digest to insist on. Raises ValueError with one line where it cannot be used.
+    sha256 is the digest to insist on. bpe_file and heads matter to the authors' files alone, which do not say them:
+    CLIP's merges, the number of heads (0: width / 128). Raises ValueError with one line where it cannot be used.
     """
+    published.check_digest(path, sha256)  # before anything in the file is looked at
     if published.looks_published(path):
-        model, vqgan = published.load_magvlt(path, heads, sha256)
+        model, vqgan = published.load_magvlt(path, heads)
         bpe = published.release_bpe(bpe_file, model.cfg)
     else:
         model, vqgan, bpe = checkpoint.load_magvlt(path)

@@ -73,6 +73,18 @@ class Inert:
         pass
 
 
+def check_digest(path: str | Path, sha256: str) -> None:
+    """Raises CheckpointError where a file's SHA-256 is another than sha256; an empty one asks for nothing."""
+    if not sha256:
+        return
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256.lower():
+        raise CheckpointError(f"{path}: its SHA-256 is {found}, not {sha256}: download it again")
+
+
 def looks_published(path: str | Path) -> bool:
     """Whether a file holds a "state_dict", as Lightning's do and ours do not. Reads names only, runs nothing."""
     try:
@@ -92,11 +104,7 @@ def read_state_dict(path: str | Path, sha256: str = "") -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: there is no such file")
-    if sha256:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256.lower():
-            raise CheckpointError(f"{path}: its SHA-256 is {found}, not {sha256}: download it again")
+    check_digest(path, sha256)
     is_zip = zipfile.is_zipfile(path)
     try:
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else KNOWN_CLASSES
@@ -117,6 +125,8 @@ def read_state_dict(path: str | Path, sha256: str = "") -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds no state_dict")
     for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path}: its state_dict has the key {name!r}, which is no name")
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
     return state
@@ -203,7 +213,7 @@ def _config(path: str | Path, sizes, *states: dict[str, Tensor]) -> Config:
         return preset("base", **found, image_steps=min(10, n))
     except KeyError as error:
         raise CheckpointError(f"{path}: the tensor {error.args[0]} is missing") from None
-    except ValueError as error:  # no such tensors at all, or sizes that do not fit together
+    except (ValueError, IndexError, ZeroDivisionError) as error:  # no such tensors, or unfit
         raise CheckpointError(f"{path}: its tensors are not those of a published model ({error})") from None
 
 

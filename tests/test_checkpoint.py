@@ -75,3 +75,10 @@ def test_newest(cfg, tmp_path):
         (tmp_path / name / "last.pt").touch()
         os.utime(tmp_path / name / "last.pt", (1000 - age, 1000 - age))
     assert checkpoint.newest(tmp_path) == tmp_path / "b" / "last.pt"
+
+
+@pytest.mark.parametrize("kind", ["vqgan", "magvlt"])
+def test_a_checkpoint_without_its_weights_is_refused(kind, tmp_path):
+    torch.save({"kind": kind, "config": {}}, tmp_path / "a.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=f"a.pt: a {kind} checkpoint without its"):
+        checkpoint.load(tmp_path / "a.pt", kind)

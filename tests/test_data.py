@@ -150,6 +150,15 @@ def test_a_cache_is_whole_or_absent(cfg, pairs, tmp_path):
     with pytest.raises(DataError, match="no pair"):
         write_cache(tmp_path / "train", iter([]), VQGAN(cfg), {})
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("precious")
+    with pytest.raises(DataError, match="nothing in it was touched"):
+        write_cache(tmp_path / "photos", iter(pairs), VQGAN(cfg), {})
+    write_cache(tmp_path / "mine", iter(pairs), VQGAN(cfg), {})
+    (tmp_path / "mine" / "a.jpg").write_text("precious")
+    with pytest.raises(DataError, match="nothing in it was touched"):
+        write_cache(tmp_path / "mine", iter(pairs), VQGAN(cfg), {})
+    assert (tmp_path / "photos" / "a.jpg").exists() and (tmp_path / "mine" / "a.jpg").exists()
     with pytest.raises(DataError, match="no whole token cache"):
         TokenCache(tmp_path / "train")
 

@@ -107,6 +107,8 @@ def test_any_size_is_read_off_the_tensors(made, tmp_path):
     (lambda s: s.update({"model.length_predictor.weight": torch.zeros(5, 23)}),
      r"length.weight is \(5, 23\), not \(5, 24\)"),
     (lambda s: s.update({"model.tok_emb.weight": "text"}), "model.tok_emb.weight is a str, not a tensor"),
+    (lambda s: s.update({5: torch.zeros(1)}), "has the key 5, which is no name"),
+    (lambda s: s.update({"model.pos_emb_img.pos_embed": torch.tensor(1.0)}), "not those of a published model"),
     (lambda s: s.clear(), "not those of a published model|is missing"),
 ])
 def test_a_tensor_missing_left_over_or_misshapen_is_named(change, message, made, tmp_path):

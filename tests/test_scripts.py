@@ -98,6 +98,7 @@ def test_mistakes_before_anything_is_trained(script, argv, message, capsys):
     (["--prompt", "x", "--out", "no/such/folder.png"], "no/such/folder.png: No such file"),
     (["--prompt", "x", "--checkpoint", "text.png"], "text.png: not a checkpoint"),
     (["--image", "text.png", "--prompt", "x"], "give either --prompt"),
+    (["--prompt", "x", "--sha256", "00"], "last.pt: its SHA-256 is"),
 ])
 def test_mistakes_in_sampling(argv, message, trained, capsys):
     Path("text.png").write_text("no image")

@@ -69,7 +69,8 @@ def test_the_critic_is_trained_and_resumed_with_the_rest(tmp_path, monkeypatch):
         return original(*args)
     with monkeypatch.context() as patch:
         patch.setattr(train, "update_vqgan", with_ctrl_c)
-        run(*flags, "--name", "b")
+        with pytest.raises(SystemExit):
+            run(*flags, "--name", "b")
     assert equal(whole, content(run(*flags, "--name", "b").parent / "b"))
     log = [json.loads(line) for line in whole["vqgan_log.jsonl"].splitlines()]
     for name in ("critic_real", "critic_fake", "adversarial", "adversarial_weight"):
@@ -88,7 +89,9 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(stage, update, str
             signal.raise_signal(signal.SIGINT)
         return original(*args)
     monkeypatch.setattr(train, stage, with_ctrl_c)
-    run()
+    with pytest.raises(SystemExit) as exit:
+        run()
+    assert exit.value.code == 130
     assert f"at step {update}; the same command goes on" in capsys.readouterr().out
     monkeypatch.setattr(train, stage, original)
     resumed = content(run())
