@@ -208,7 +208,7 @@ def update_vqgan(players: Players, cfg: Config, images: np.ndarray,
         codebook.update(as_rows(z.detach()), codes.flatten(), keyed_generator(cfg.seed, "codebook", step))
     if players.critic and share > 0:
         loss, more = critic_loss(players.critic, pixels, reconstruction)
-        follow(players.critic_optimizer, loss, lr / 4)
+        follow(players.critic_optimizer, loss, lr / 4)  # a quarter of the painter's rate: a guess, not tuned
         terms |= more
     return {**terms, "commitment": commitment.detach()}, codes
 

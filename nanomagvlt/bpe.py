@@ -47,7 +47,8 @@ CLIP_WORDS = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|
 
 def clean(text: str) -> str:
     """CLIP's cleaning: broken encodings mended, HTML entities resolved, white space collapsed, lower case."""
-    if not (text.isascii() and text.isprintable() and "&" not in text):     # else there is nothing to mend
+    nothing_to_mend = text.isascii() and text.isprintable() and "&" not in text   # most captions; ftfy is slow
+    if not nothing_to_mend:
         text = html.unescape(html.unescape(ftfy.fix_text(text)))            # twice: "&amp;amp;" is common on the web
     return regex.sub(r"\s+", " ", text).strip().lower()
 

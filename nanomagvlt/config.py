@@ -64,7 +64,7 @@ class Config:
     # Objective (eq. 6)
     task_weights: tuple[float, ...] = (2.0, 2.0, 1.0)  # how often T2I, I2T, IT2IT are drawn; P 8,1,1
     length_weight: float = 0.1               # lambda_TL; P 0.01
-    length_pass: str = "own"                 # the length is learnt in the main pass, or in its own as it is guessed in
+    length_pass: str = "own"                 # length learnt in the main pass or in its own, where nothing tells it
     unroll_mask: bool = False                # UnrollMask (section 3.3): one more pass in T2I and I2T; P true
     unroll_weight: float = 1.0               # lambda_UM; P 1
     unroll_text: str = "masked"              # text places that may be masked again: those masked before, or all

@@ -46,13 +46,11 @@ def loss_terms(model, task: str, batch: Batch, draw: Draw) -> Iterator[dict[str,
     What is yielded may be back-propagated before the next is asked for: only one pass need be in memory.
     """
     cfg, text_tokens, lengths = model.cfg, batch["text_tokens"], batch["text_lengths"]
-    image_may_hide = torch.full_like(batch["image_tokens"], task != "i2t", dtype=torch.bool)         # (B, N)
-    text_may_hide = sequence.real_places(lengths, text_tokens.shape[1]) & (task != "t2i")            # (B, T)
-    image_is_masked, text_is_masked = hide(task, image_may_hide, text_may_hide, draw, "", cfg)
+    image_is_masked, text_is_masked = hide(task, *may_hide(task, batch), draw, "", cfg)
 
     seq = sequence.build(task, cfg, batch["image_tokens"], image_is_masked, text_tokens, text_is_masked, lengths)
     states = model(seq)                                                                              # (B, L, D)
-    loss, logits = guesses(model, states, seq, batch)
+    loss, logits = guesses(model, task, states, seq, batch)
     if cfg.unroll_mask and task != "it2it":
         # No gradient flows through a guess: it is a number, drawn from the main pass's logits at temperature 1.
         guessed, _ = sample(logits.detach(), draw("unroll guesses", logits.shape[1]))                # (B, N) or (B, T)
@@ -60,7 +58,7 @@ def loss_terms(model, task: str, batch: Batch, draw: Draw) -> Iterator[dict[str,
     if task != "t2i" and cfg.length_pass == "main":
         terms["length"] = length_loss(model, states, seq, lengths)
     yield terms
-    del terms, loss, logits, states
+    del terms, loss, logits, states  # else the main pass's memory would be held through the next
 
     if task != "t2i" and cfg.length_pass == "own":
         seq_length = sequence.build_for_length(task, cfg, batch["image_tokens"], image_is_masked)
@@ -72,6 +70,12 @@ def loss_terms(model, task: str, batch: Batch, draw: Draw) -> Iterator[dict[str,
 
 
 # ---------------------------------------------------------------------------------------------- hide, guess, compare
+
+def may_hide(task: str, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Where the task may hide a token at all: in the image (B, N), and in the text (B, T), padding excepted."""
+    return (torch.full_like(batch["image_tokens"], task != "i2t", dtype=torch.bool),
+            sequence.real_places(batch["text_lengths"], batch["text_tokens"].shape[1]) & (task != "t2i"))
+
 
 def hide(task: str, image_may_hide: Tensor, text_may_hide: Tensor, draw: Draw, purpose: str, cfg,
          rounding: Callable = torch.ceil) -> tuple[Tensor, Tensor]:
@@ -90,17 +94,17 @@ def hide(task: str, image_may_hide: Tensor, text_may_hide: Tensor, draw: Draw, p
             lowest(draw(f"{purpose} text places", text_may_hide.shape[1]), num_text, text_may_hide))
 
 
-def guesses(model, states: Tensor, seq: sequence.Sequence, targets: Batch) -> tuple[Tensor, Tensor]:
+def guesses(model, task: str, states: Tensor, seq: sequence.Sequence, targets: Batch) -> tuple[Tensor, Tensor]:
     """L at the masked places of a pass, its mean over an image's plus its mean over a text's, and the last logits.
 
     The targets are the original tokens, whatever stood in the sequence. A modality that is only shown is not scored.
     it2it adds two means (eq. 3); the paper writes sums over places.
     """
     smoothing, loss, logits = model.cfg.label_smoothing, 0.0, None
-    if seq.scores_image:
+    if task != "i2t":
         logits, is_masked = model.image_logits(states, seq.layout), seq.is_masked[:, seq.layout.image]
         loss = loss + masked_cross_entropy(logits, targets["image_tokens"], is_masked, smoothing)    # eq. 2
-    if seq.scores_text:
+    if task != "t2i":
         logits, is_masked = model.text_logits(states, seq.layout), seq.is_masked[:, seq.layout.text]
         loss = loss + masked_cross_entropy(logits, targets["text_tokens"], is_masked, smoothing)     # eq. 1
     return loss, logits
@@ -143,7 +147,7 @@ def unroll_mask(model, task: str, batch: Batch, image_is_masked: Tensor, text_is
         places = sequence.real_places(lengths, text_tokens.shape[1]) if cfg.unroll_text == "all" else text_is_masked
         text_is_masked = hide_fewer(text_is_masked, places, "linear", draw)
     seq = sequence.build(task, cfg, image_tokens, image_is_masked, text_tokens, text_is_masked, lengths)
-    return guesses(model, model(seq), seq, batch)[0]                                                 # eq. 4
+    return guesses(model, task, model(seq), seq, batch)[0]                                           # eq. 4
 
 
 def hide_fewer(was_masked: Tensor, among: Tensor, schedule: str, draw: Draw) -> Tensor:
@@ -167,14 +171,14 @@ def mixsel(model, task: str, batch: Batch, draw: Draw) -> Tensor:
     """
     cfg, n = model.cfg, batch["image_tokens"].shape[1]
     own_first = draw("mix side") < 0.5                                                               # (B,)
-    other = {name: tensor[partners(draw("mix partner"))] for name, tensor in batch.items()}
+    partner = partners(draw("mix partner"))                                                          # (B,)
+    other = {name: tensor[partner] for name, tensor in batch.items()}
     first = {name: choose(own_first, tensor, other[name]) for name, tensor in batch.items()}
     second = {name: choose(own_first, other[name], tensor) for name, tensor in batch.items()}
     stacked = (draw("mix direction")[:1] < 0.5) & (task != "t2i")                                    # (1,) top|bottom?
 
     targets, lengths = dict(batch), batch["text_lengths"]
-    image_may_hide = torch.full_like(batch["image_tokens"], task != "i2t", dtype=torch.bool)         # (B, N)
-    text_may_hide = sequence.real_places(lengths, cfg.text_length) & (task != "t2i")                 # (B, T)
+    image_may_hide, text_may_hide = may_hide(task, batch)                                            # (B, N), (B, T)
     if task != "t2i":
         targets["image_tokens"] = join_images(first, second, stacked)
     if task != "i2t":
@@ -189,7 +193,7 @@ def mixsel(model, task: str, batch: Batch, draw: Draw) -> Tensor:
                            torch.where(stacked, sequence.BOTTOM, sequence.RIGHT))                    # (B,)
     seq = sequence.build(task, cfg, targets["image_tokens"], image_is_masked, targets["text_tokens"], text_is_masked,
                          lengths, selector if cfg.mixsel == "select" else None)
-    return guesses(model, model(seq), seq, targets)[0]
+    return guesses(model, task, model(seq), seq, targets)[0]
 
 
 def partners(uniform: Tensor) -> Tensor:
@@ -224,10 +228,12 @@ def join_texts(first: Batch, second: Batch, cfg) -> tuple[Tensor, Tensor, Tensor
     The separators stand where a's end token stood. If both do not fit, the longer is cut first, and none below half.
     The end token belongs to neither.
     """
-    t, gap = cfg.text_length, cfg.mixsel_separators
-    # Words without the end token, which a caption that was cut at T has not.
-    a, b = (c["text_lengths"] - (c["text_tokens"].gather(1, c["text_lengths"][:, None] - 1)[:, 0] == cfg.text_vocab - 1)
-            .long() for c in (first, second))                                                        # (B,) each
+    t, gap, end_token = cfg.text_length, cfg.mixsel_separators, cfg.text_vocab - 1  # the last id, as bpe.py has it
+
+    def num_words(c: Batch) -> Tensor:  # a caption that was cut at T has no end token to leave out
+        last = c["text_tokens"].gather(1, c["text_lengths"][:, None] - 1)[:, 0]
+        return c["text_lengths"] - (last == end_token).long()
+    a, b = num_words(first), num_words(second)                                                       # (B,) each
     room = t - gap - 1
     a = a.minimum((room - b).clamp(min=room // 2))
     b = b.minimum(room - a)
@@ -238,5 +244,5 @@ def join_texts(first: Batch, second: Batch, cfg) -> tuple[Tensor, Tensor, Tensor
     is_first, is_second = place < a[:, None], (place >= start_b) & (place < end)
     tokens = torch.where(is_first, first["text_tokens"], sequence.SEPARATOR)
     tokens = torch.where(is_second, second["text_tokens"].gather(1, (place - start_b).clamp(min=0)), tokens)
-    tokens = torch.where(place >= end, cfg.text_vocab - 1, tokens)
+    tokens = torch.where(place >= end, end_token, tokens)
     return tokens, end[:, 0] + 1, is_first, is_second

@@ -71,8 +71,6 @@ class Sequence:
     is_masked: Tensor   # (B, L) True: hidden, to be predicted
     is_valid: Tensor    # (B, L) True: a real token, not padding
     layout: Layout
-    scores_image: bool  # are image tokens to be guessed here?
-    scores_text: bool   # are text tokens?
 
 
 def real_places(lengths: Tensor, num_text: int) -> Tensor:
@@ -114,8 +112,7 @@ def build(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor,
         pieces[name] = (ids, row, row, torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
 
     columns = zip(*(pieces[name] for name in ORDER[task]))
-    return Sequence(*(torch.cat(column, dim=-1) for column in columns), layout(task, n, t),
-                    scores_image=task != "i2t", scores_text=task != "t2i")
+    return Sequence(*(torch.cat(column, dim=-1) for column in columns), layout(task, n, t))
 
 
 def build_for_length(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor) -> Sequence:

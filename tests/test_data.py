@@ -177,3 +177,10 @@ def test_captions_end_and_are_padded():
     assert lengths.tolist() == [3, 5, 1]
     assert tokens[0, 2:].tolist() == [BPE_0.end] * 3 and BPE_0.end not in tokens[1].tolist()
     assert keyed_seed(0, "x") == keyed_seed(0, "x") != keyed_seed(1, "x") and 0 <= keyed_seed(0) < 2 ** 63
+
+
+def test_captions_are_cleaned_on_request(cfg, pairs, tmp_path):
+    pairs[0].caption = "!A Well-known <person>"
+    for clean, expected in ((False, "!A Well-known <person>"), (True, "a well known person")):
+        cache = write_cache(tmp_path / str(clean), iter(pairs), VQGAN(cfg), {}, clean)
+        assert cache.captions([0]) == [expected] and cache.meta["clean_captions"] == clean

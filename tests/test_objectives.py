@@ -178,7 +178,7 @@ def test_no_gradient_flows_through_the_guesses(task, whole, batch, draw, monkeyp
     whole.cfg.mixsel, seen = "off", watched(whole, monkeypatch)
     unroll = terms_of(whole, task, batch, draw)["unroll"]
     parameters = [p for name, p in whole.named_parameters() if name != "length.weight"]
-    expected, _ = objectives.guesses(whole, whole(seen[-1]), seen[-1], batch)
+    expected, _ = objectives.guesses(whole, task, whole(seen[-1]), seen[-1], batch)
     for a, b in zip(torch.autograd.grad(unroll, parameters), torch.autograd.grad(expected, parameters)):
         assert torch.allclose(a, b, atol=1e-7)
 

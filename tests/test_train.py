@@ -1,13 +1,17 @@
 """Real runs of train.py, made small: one object, a model of a few thousand weights, six updates of each network."""
+import copy
 import json
 import signal
 import sys
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
+from nanomagvlt.config import preset
 
 SMALL = """
     --preset micro --pairs 60 --eval-scenes 3 --bpe-merges 20 --bpe-dropout 0.1 --vq-images 60 --vq-steps 6 --vq-start 2
@@ -176,3 +180,23 @@ def test_validation_is_shown_beside_the_reference_run_of_the_same_settings(strai
     assert len(losses) == 2 and all(f"(mask {loss:.3f} in data/results/small)" in out for loss in losses)
     run("--name", "other", "--lr", "1e-4")
     assert "in data/results" not in capsys.readouterr().out
+
+
+def test_what_samples_is_the_moving_average_of_what_is_trained(straight, cfg, model):
+    averaged = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1.0
+    before = {name: p.clone() for name, p in averaged.named_parameters()}
+    train.average(averaged, model, 0.75)
+    assert all(torch.allclose(p, before[name] + 0.25) for name, p in averaged.named_parameters())
+    saved = straight["last.pt"]
+    assert saved["model"].keys() == saved["trained"].keys() and not equal(saved["model"], saved["trained"])
+
+
+def test_the_vqgan_also_learns_from_joined_images():
+    cfg = preset("micro", vq_images=8, vq_mixed=0.5)
+    images, pairs = train.vqgan_images(cfg), list(islice(train.pairs_of(cfg, "train", Counter()), 8))
+    assert images.shape == (12, 32, 32, 3) and all((a == b.image).all() for a, b in zip(images, pairs))
+    assert (images[8][:16] == pairs[0].wide).all() and (images[8][16:] == pairs[1].wide).all()
+    assert (images[9][:, :16] == pairs[1].tall).all() and (images[9][:, 16:] == pairs[2].tall).all()
