@@ -91,7 +91,7 @@ class Config:
     text_temperature: float = 0.1            # sampling temperature, every step
     text_top_k: int = 32                     # sample among this many likeliest tokens; 0: among all
     text_choice: str = "least"               # places masked again: draw (by confidence, at random) or least (confident)
-    length_places: int = 16                  # text places visible, all masked, when the length is predicted
+    length_places: int = 1                   # text places visible, all masked, when the length is predicted; P 16
     # Housekeeping
     seed: int = 0                            # same seed, same device, same result
     log_every: int = 10                      # updates between lines of log.jsonl
@@ -173,7 +173,7 @@ PRESETS = {
                  width=1024, heads=8, dropout=0.1, init_std=0.02, task_weights=(8.0, 1.0, 1.0), length_weight=0.01,
                  length_pass="main", unroll_mask=True, mixsel="select", label_smoothing=0.1, steps=40_000,
                  batch_size=4096, lr=4.5e-4, warmup=1000, ema=0.9999, text_steps=12,
-                 text_choice="draw"),
+                 text_choice="draw", length_places=16),
 }
 
 PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=80_000)

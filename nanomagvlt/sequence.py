@@ -83,7 +83,7 @@ def build(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor,
           selector: Tensor | None = None) -> Sequence:
     """Puts a batch of pairs in the order of the task.
 
-    image_tokens (B, N) in [0, V_I), text_tokens (B, T) in [0, V_T), the masks (B, N) and (B, T) bool,
+    image_tokens (B, N) in [0, V_I), text_tokens (B, T) in [0, V_T), T up to cfg.text_length, the masks bool likewise,
     text_lengths (B,) in 1..T: the caption's tokens, its end token included. What stands in masked places, and in
     text places from `text_lengths` on, cannot be seen by any real token. selector (B,) is LEFT, RIGHT, TOP or BOTTOM
     where two pairs are mixed: it takes BOG's place.
@@ -91,7 +91,7 @@ def build(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor,
     (batch, n), t = image_tokens.shape, text_tokens.shape[1]
     device = image_tokens.device
     first_special_token = cfg.codebook_size + cfg.text_vocab
-    first_special_place = n + t
+    first_special_place = n + cfg.text_length
 
     def rows(start: int, count: int) -> Tensor:
         return torch.arange(start, start + count, device=device)
@@ -118,12 +118,12 @@ def build(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor,
 def build_for_length(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor) -> Sequence:
     """What the caption's length is guessed from: the image, and `length_places` text places that are all masked.
 
-    How many they are matters. BOT does not see them, but the image places that it looks at do.
+    How many they are matters. BOT does not see them, but the image places that it looks at do. Padding would change
+    nothing, so there is none: the sequence ends with them.
     """
-    places = torch.full((len(image_tokens),), cfg.length_places, device=image_tokens.device)         # (B,)
-    is_masked = real_places(places, cfg.text_length)                                                 # (B, T)
-    return build(task, cfg, image_tokens, image_is_masked, torch.zeros_like(is_masked, dtype=torch.long), is_masked,
-                 places)
+    nothing = torch.zeros(len(image_tokens), cfg.length_places, dtype=torch.long, device=image_tokens.device)
+    lengths = torch.full_like(nothing[:, 0], cfg.length_places)                                      # (B,)
+    return build(task, cfg, image_tokens, image_is_masked, nothing, torch.ones_like(nothing, dtype=torch.bool), lengths)
 
 
 def draw(task: str, cfg: Config, image_is_masked: Tensor, text_is_masked: Tensor, text_lengths: Tensor) -> str:
