@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from nanomagvlt import checkpoint, published
 from nanomagvlt.bpe import clean_written
 from nanomagvlt.config import Parser
-from nanomagvlt.data import BadSample, open_image, square
+from nanomagvlt.data import BadSample, keyed_generator, open_image, square
 from nanomagvlt.generate import contact_sheet, load_generator
 
 
@@ -62,11 +61,13 @@ def sample(args) -> None:
         given["temperature"] = (args.temperature, args.temperature)
     modality = "text" if args.prompt is None else "image"
     generator = generator.with_settings(**{f"{modality}_{k}": v for k, v in given.items() if v is not None})
-    chance = torch.Generator().manual_seed(args.seed)
+    chance = keyed_generator("sample", args.seed)
     print(f"{path} on {generator.device}")
 
     if args.prompt is not None:
-        started = time.monotonic()
+        started, most = time.monotonic(), generator.cfg.text_length
+        if len(generator.bpe.encode(args.prompt)) > most:
+            print(f"the prompt is longer than {most} tokens: only the first {most} are read")
         pictures = generator.draw([args.prompt] * args.num_samples, chance)
         seconds = (time.monotonic() - started) / args.num_samples
         sheet = contact_sheet(pictures, [""] * len(pictures)) if len(pictures) > 1 else Image.fromarray(pictures[0])

@@ -86,11 +86,14 @@ def optimizer_for(model: torch.nn.Module, cfg: Config, lr: float) -> torch.optim
 
 
 class Log:
-    """One JSON line a record, appended; going on from an earlier step drops the lines after it."""
+    """One JSON line a record, appended; going on from an earlier step drops the lines after it.
+
+    A last line that a crash cut short, without its newline, is one of those.
+    """
 
     def __init__(self, path: Path, step: int):
-        lines = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
         self.file = open(path, "a", buffering=1)
 
     def write(self, **record) -> None:

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -116,7 +117,11 @@ class Config:
     def check(self) -> "Config":
         """Returns itself. Raises ValueError, naming the field, where values cannot work together."""
         patch = 2 ** (len(self.vq_multipliers) - 1)
-        problems = [
+        numbers = {name: value if isinstance(value, tuple) else (value,) for name, value in vars(self).items()
+                   if not isinstance(value, str)}
+        problems = [(not all(map(math.isfinite, values)), f"{name} {getattr(self, name)} must be finite")
+                    for name, values in numbers.items()]
+        problems += [
             (self.image_size % (2 * patch),
              f"image_size {self.image_size} is no multiple of {2 * patch}, twice the patch that vq_multipliers make"),
             (self.width % self.heads, f"width {self.width} is no multiple of heads {self.heads}"),
@@ -144,13 +149,15 @@ class Config:
             (not 0 <= self.ema < 1, f"ema {self.ema} must lie in [0, 1)"),
             (not 0 <= self.vq_mixed <= 1, f"vq_mixed {self.vq_mixed} must lie in [0, 1]"),
             (len(self.betas) != 2, f"betas {self.betas} must be two numbers"),
-            (len(self.image_temperature) != 2 or min(self.image_temperature) <= 0,
-             f"image_temperature {self.image_temperature} must be two numbers > 0, first step and last"),
+            (len(self.image_temperature) != 2 or min(self.image_temperature) < 0.001,
+             f"image_temperature {self.image_temperature} must be two numbers >= 0.001, first step and last"),
             (len(self.image_noise) != 2 or min(self.image_noise) < 0,
              f"image_noise {self.image_noise} must be two numbers >= 0, first step and last"),
             (self.image_top_k < 0, f"image_top_k {self.image_top_k} must be at least 0"),
             (self.text_top_k < 0, f"text_top_k {self.text_top_k} must be at least 0"),
-            (self.text_temperature <= 0, f"text_temperature {self.text_temperature} must be > 0"),
+            (self.text_temperature < 0.001, f"text_temperature {self.text_temperature} must be at least 0.001"),
+            (self.codebook_size > 2 ** 16, f"codebook_size {self.codebook_size} is over 65,536, the most a cache holds"),
+            (min(self.lr, self.vq_lr) <= 0, f"lr {self.lr} and vq_lr {self.vq_lr} must be > 0"),
         ]
         at_least_one = ("pairs image_size text_length codebook_size codebook_dim vq_channels vq_latent vq_groups "
                         "vq_images vq_batch vq_critic_channels layers width heads batch_size text_steps "

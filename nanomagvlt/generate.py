@@ -26,7 +26,6 @@ class Generator:
     vqgan: VQGAN
     bpe: BPE
     cfg: Config          # its decoding settings are what counts here
-    batch_size: int = 128
 
     def with_settings(self, **settings) -> "Generator":
         """The same weights with other decoding settings, fields of Config: image_steps=4, say. Raises ValueError."""
@@ -35,6 +34,12 @@ class Generator:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def batch_size(self) -> int:
+        """How many are made at once: at most 128, and no more than keeps a modality's logits below 512 MiB."""
+        logits = max(self.cfg.image_tokens * self.cfg.codebook_size, self.cfg.text_length * self.cfg.text_vocab)
+        return max(1, min(128, 2 ** 27 // logits))
 
     @torch.inference_mode()
     def draw(self, prompts: list[str], generator: torch.Generator) -> np.ndarray:
@@ -105,6 +110,8 @@ def pick_device(name: str) -> torch.device:
     """auto: CUDA, then MPS, then the CPU. Raises ValueError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: give auto, cpu, cuda, cuda:1 or mps")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # the latter is how PyTorch says that it was built without CUDA

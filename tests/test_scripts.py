@@ -66,6 +66,9 @@ def refused(script: str, argv: list[str], capsys) -> str:
     ("train.py", ["--width", "many"], "--width: invalid int value: 'many'"),
     ("train.py", ["--preset", "base"], "preset base names no pairs: give --data"),
     ("train.py", ["--layers", "0"], "layers 0 must be at least 1"),
+    ("train.py", ["--lr", "-1"], "lr -1.0 and vq_lr 0.002 must be > 0"),
+    ("train.py", ["--clip", "inf"], "clip inf must be finite"),
+    ("train.py", ["--codebook-size", "65537"], "codebook_size 65537 is over 65,536"),
     ("train.py", ["--task-weights", "1,x"], "'1,x' is no list of numbers"),
     ("train.py", ["--stage", "vqgn"], "--stage: invalid choice: 'vqgn'"),
     ("train.py", ["--device", "cuda:9"], "--device cuda:9"),
@@ -94,6 +97,10 @@ def test_mistakes_before_anything_is_trained(script, argv, message, capsys):
     (["--prompt", "x", "--steps", "17"], "image_steps 17 must lie in 1..16"),
     (["--prompt", "x", "--steps", "0"], "image_steps 0 must lie in 1..16"),
     (["--prompt", "x", "--temperature", "0"], "image_temperature"),
+    (["--prompt", "x", "--temperature", "nan"], "image_temperature (nan, nan) must be finite"),
+    (["--prompt", "x", "--temperature", "1e-40"], "image_temperature (1e-40, 1e-40) must be two numbers >= 0.001"),
+    (["--image", "text.png", "--temperature", "0"], "text_temperature 0.0 must be at least 0.001"),
+    (["--prompt", "x", "--device", "meta"], "--device meta: give auto, cpu, cuda, cuda:1 or mps"),
     (["--prompt", "x", "--top-k", "-1"], "image_top_k -1"),
     (["--prompt", "x", "--out", "no/such/folder.png"], "no/such/folder.png: No such file"),
     (["--prompt", "x", "--checkpoint", "text.png"], "text.png: not a checkpoint"),
@@ -128,6 +135,9 @@ def test_drawing_and_captioning(trained, capsys):
     assert "3 x 'a red circle' -> samples.png" in capsys.readouterr().out
     assert np.array_equal(first, drawn()) and not np.array_equal(first, drawn("--seed", "1"))
     assert not np.array_equal(first, drawn("--steps", "5", "--temperature", "2", "--top-k", "3"))
+    assert not np.array_equal(first, drawn("--seed", str(10 ** 30))) and "only the first" not in capsys.readouterr().out
+    sample.main(["--prompt", "x" * 25, "--num-samples", "1"])
+    assert "the prompt is longer than 24 tokens: only the first 24 are read" in capsys.readouterr().out
     capsys.readouterr()
     sample.main(["--image", "samples.png", "--num-samples", "3", "--checkpoint", str(trained)])
     lines = capsys.readouterr().out.split("\n")

@@ -113,6 +113,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path,
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(train, "update_model", killed)
         run()
+    with open("runs/micro/log.jsonl", "a") as log:
+        log.write('{"step": 5, "ta')  # and the machine went down while it wrote
     assert equal(straight, content(run()))
 
 
