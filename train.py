@@ -341,7 +341,7 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, c
     """One update of one task, which is drawn here: the task, its loss terms, and the gradient's norm."""
     task = draw_task(cfg, step)
     rows = rows_of_step(step, cfg.batch_size, len(cache), cfg.seed)
-    batch = make_batch(cache, bpe, rows, cfg.text_length, cfg.bpe_dropout, (cfg.seed, "bpe dropout", step))
+    batch = make_batch(cache, bpe, rows, cfg, cfg.bpe_dropout, (cfg.seed, "bpe dropout", step))
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
@@ -394,7 +394,7 @@ def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[st
     sums, batches = defaultdict(float), max(1, min(8, len(cache) // cfg.batch_size))
     for i in range(batches):
         rows = rows_of_step(i, cfg.batch_size, len(cache), cfg.seed)
-        batch = make_batch(cache, bpe, rows, cfg.text_length)
+        batch = make_batch(cache, bpe, rows, cfg)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         draw = partial(uniform, model.device, cfg.batch_size, cfg.seed, f"val {i}")
         for task, weight in zip(TASKS, cfg.task_weights):

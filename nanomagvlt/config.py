@@ -25,6 +25,7 @@ class Config:
     pairs: int = 40_000                      # pairs that a shapes cache holds; files are always read whole
     image_size: int = 32                     # pixels a side; P 256
     text_length: int = 24                    # N_T: most text tokens in a caption, its end token included; P 64
+    text_bucket: int = 24                    # T of a batch: its longest caption, rounded up to a multiple of this
     # Text tokens
     bpe: str = ""                            # a merges file to use; empty: train one on the captions
     bpe_merges: int = 100                    # merges to train; vocabulary: 512 bytes + merges + 2 special; P 48,894
@@ -62,6 +63,7 @@ class Config:
     heads: int = 8                           # H; P 8
     dropout: float = 0.0                     # on residuals and attention; P 0.1
     init_std: float = 0.09                   # weights and positions start as N(0, init_std); P 0.02
+    position_start: str = "normal"           # positions start as noise, N(0, init_std), or as sine waves; P normal
     # Objective (eq. 6)
     task_weights: tuple[float, ...] = (2.0, 2.0, 1.0)  # how often T2I, I2T, IT2IT are drawn; P 8,1,1
     length_weight: float = 0.1               # lambda_TL; P 0.01
@@ -141,6 +143,10 @@ class Config:
             (self.it2it_ratio not in ("opposite", "same"),
              f"it2it_ratio {self.it2it_ratio!r} is neither opposite nor same"),
             (self.length_pass not in ("main", "own"), f"length_pass {self.length_pass!r} is neither main nor own"),
+            (self.position_start not in ("waves", "normal"),
+             f"position_start {self.position_start!r} is neither waves nor normal"),
+            (self.position_start == "waves" and self.width % 4,
+             f"width {self.width} is no multiple of 4, which position_start waves wants"),
             (self.text_choice not in ("draw", "least"), f"text_choice {self.text_choice!r} is neither draw nor least"),
             (not 0 <= self.label_smoothing < 1, f"label_smoothing {self.label_smoothing} must lie in [0, 1)"),
             (not 0 <= self.dropout < 1, f"dropout {self.dropout} must lie in [0, 1)"),
@@ -156,11 +162,12 @@ class Config:
             (self.image_top_k < 0, f"image_top_k {self.image_top_k} must be at least 0"),
             (self.text_top_k < 0, f"text_top_k {self.text_top_k} must be at least 0"),
             (self.text_temperature < 0.001, f"text_temperature {self.text_temperature} must be at least 0.001"),
-            (self.codebook_size > 2 ** 16, f"codebook_size {self.codebook_size} is over 65,536, the most a cache holds"),
+            (self.codebook_size > 2 ** 16,
+             f"codebook_size {self.codebook_size} is over 65,536, the most a cache holds"),
             (min(self.lr, self.vq_lr) <= 0, f"lr {self.lr} and vq_lr {self.vq_lr} must be > 0"),
         ]
-        at_least_one = ("pairs image_size text_length codebook_size codebook_dim vq_channels vq_latent vq_groups "
-                        "vq_images vq_batch vq_critic_channels layers width heads batch_size text_steps "
+        at_least_one = ("pairs image_size text_length text_bucket codebook_size codebook_dim vq_channels vq_latent "
+                        "vq_groups vq_images vq_batch vq_critic_channels layers width heads batch_size text_steps "
                         "log_every eval_every sample_every save_every")
         problems += [(getattr(self, name) < 1, f"{name} {getattr(self, name)} must be at least 1")
                      for name in at_least_one.split()]
@@ -171,11 +178,12 @@ class Config:
 
 
 PRESETS = {
-    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=600, steps=1000, batch_size=32,
-                  eval_scenes=100, eval_every=250, sample_every=500, save_every=250, task_weights=(1.0, 1.0, 0.0)),
+    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=1000, steps=2000, position_start="waves",
+                  eval_scenes=100, eval_every=500, sample_every=1000, save_every=500, task_weights=(1.0, 1.0, 0.0)),
     "tiny": dict(),
-    "base": dict(data="", image_size=256, text_length=64, bpe_merges=48_894, clean_captions=True, bpe_dropout=0.1,
-                 codebook_size=16_384, codebook_dim=256, vq_channels=128, vq_multipliers=(1, 1, 2, 2, 4),
+    "base": dict(data="", image_size=256, text_length=64, text_bucket=64, bpe_merges=48_894, clean_captions=True,
+                 bpe_dropout=0.1, codebook_size=16_384, codebook_dim=256, vq_channels=128,
+                 vq_multipliers=(1, 1, 2, 2, 4),
                  vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32, vq_patchwise=False, layers=24,
                  width=1024, heads=8, dropout=0.1, init_std=0.02, task_weights=(8.0, 1.0, 1.0), length_weight=0.01,
                  length_pass="main", unroll_mask=True, mixsel="select", label_smoothing=0.1, steps=40_000,

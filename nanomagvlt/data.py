@@ -351,14 +351,16 @@ def encode_captions(bpe: BPE, captions: list[str], text_length: int, dropout: fl
     return torch.tensor([ids for ids, _ in encoded]), torch.tensor([length for _, length in encoded])
 
 
-def make_batch(cache: TokenCache, bpe: BPE, rows: np.ndarray, text_length: int, dropout: float = 0.0,
+def make_batch(cache: TokenCache, bpe: BPE, rows: np.ndarray, cfg, dropout: float = 0.0,
                key: tuple = ()) -> dict[str, torch.Tensor]:
     """What objectives.py wants: image_tokens (B, N), tall_tokens and wide_tokens (B, N/2), text_tokens (B, T) and
-    text_lengths (B,)."""
+    text_lengths (B,). T is the longest caption, rounded up to a multiple of cfg.text_bucket: padding is not computed.
+    """
     image_tokens, tall_tokens, wide_tokens = cache.tokens_of(rows)
-    text_tokens, text_lengths = encode_captions(bpe, cache.captions(rows), text_length, dropout, key)
+    text_tokens, text_lengths = encode_captions(bpe, cache.captions(rows), cfg.text_length, dropout, key)
+    places = -(-int(text_lengths.max()) // cfg.text_bucket) * cfg.text_bucket
     return {"image_tokens": image_tokens, "tall_tokens": tall_tokens, "wide_tokens": wide_tokens,
-            "text_tokens": text_tokens, "text_lengths": text_lengths}
+            "text_tokens": text_tokens[:, :places], "text_lengths": text_lengths}
 
 
 def left_out(counts: Counter) -> str:

@@ -75,6 +75,11 @@ class MAGVLT(nn.Module):
                 nn.init.normal_(module.weight, std=cfg.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        if cfg.position_start == "waves":
+            row_or_column = waves(cfg.grid, cfg.width // 2)                                        # (G, D/2)
+            image = torch.cat([row_or_column.repeat_interleave(cfg.grid, 0), row_or_column.repeat(cfg.grid, 1)], dim=1)
+            with torch.no_grad():
+                self.places.weight[:n + t] = 2 ** 0.5 * cfg.init_std * torch.cat([image, waves(t, cfg.width)])
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +109,17 @@ class MAGVLT(nn.Module):
         # Each modality is scored at its own places over its own part of the tied table: a head over all L places and
         # the whole vocabulary would cost a fifth of the forward pass and be thrown away.
         return F.linear(self.head(states), self.tokens.weight[vocabulary], self.output_bias[vocabulary])
+
+
+def waves(num_places: int, width: int) -> Tensor:
+    """Sines and cosines of the place, of wavelengths from 2 pi to about eight times all places: (num_places, width).
+
+    Only a start, learned on from there: looking "one place to the left" is then the same little rotation everywhere,
+    while for random positions it has to be learnt anew at each of them.
+    """
+    slowness = (4 * num_places) ** (torch.arange(width // 2) / (width // 2))                       # (D/2,)
+    angle = torch.arange(num_places)[:, None] / slowness                                           # (places, D/2)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -183,9 +183,9 @@ def mixsel(model, task: str, batch: Batch, draw: Draw) -> Tensor:
         targets["image_tokens"] = join_images(first, second, stacked)
     if task != "i2t":
         targets["text_tokens"], lengths, is_first, is_second = join_texts(first, second, cfg)
+        text_may_hide = choose(own_first, is_first, is_second) & (task == "it2it")                   # (B, T)
     if task == "it2it":
         image_may_hide = first_half(n, stacked) == own_first[:, None]                                # (B, N)
-        text_may_hide = choose(own_first, is_first, is_second)                                       # (B, T)
 
     rounding = torch.floor if task == "it2it" else torch.ceil
     image_is_masked, text_is_masked = hide(task, image_may_hide, text_may_hide, draw, "mix", cfg, rounding)
@@ -223,12 +223,13 @@ def first_half(num_image: int, stacked: Tensor) -> Tensor:
 
 
 def join_texts(first: Batch, second: Batch, cfg) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two captions as one, `a || b end`, in T places: tokens (B, T), lengths (B,), and where a is and where b is.
+    """Two captions as one, `a || b end`: tokens (B, T), lengths (B,), and where a is and where b is.
 
-    The separators stand where a's end token stood. If both do not fit, the longer is cut first, and none below half.
-    The end token belongs to neither.
+    The separators stand where a's end token stood. T is what any two of the batch need, or cfg.text_length: if both do
+    not fit, the longer is cut first, and none below half. The end token belongs to neither.
     """
-    t, gap, end_token = cfg.text_length, cfg.mixsel_separators, cfg.text_vocab - 1  # the last id, as bpe.py has it
+    gap, end_token = cfg.mixsel_separators, cfg.text_vocab - 1                  # the last id, as bpe.py has it
+    t = min(cfg.text_length, 2 * first["text_tokens"].shape[1] + gap - 1)
 
     def num_words(c: Batch) -> Tensor:  # a caption that was cut at T has no end token to leave out
         last = c["text_tokens"].gather(1, c["text_lengths"][:, None] - 1)[:, 0]
@@ -242,7 +243,8 @@ def join_texts(first: Batch, second: Batch, cfg) -> tuple[Tensor, Tensor, Tensor
     start_b = (a + gap)[:, None]
     end = start_b + b[:, None]                                                                       # (B, 1)
     is_first, is_second = place < a[:, None], (place >= start_b) & (place < end)
-    tokens = torch.where(is_first, first["text_tokens"], sequence.SEPARATOR)
-    tokens = torch.where(is_second, second["text_tokens"].gather(1, (place - start_b).clamp(min=0)), tokens)
+    words_a, words_b = (F.pad(side["text_tokens"], (0, t - side["text_tokens"].shape[1])) for side in (first, second))
+    tokens = torch.where(is_first, words_a, sequence.SEPARATOR)
+    tokens = torch.where(is_second, words_b.gather(1, (place - start_b).clamp(min=0)), tokens)
     tokens = torch.where(place >= end, end_token, tokens)
     return tokens, end[:, 0] + 1, is_first, is_second

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import tarfile
@@ -136,9 +137,10 @@ def test_cache_holds_what_went_in(cfg, pairs, tmp_path):
         for name, tokens in zip(("image", "tall", "wide"), cache.tokens_of(rows), strict=True):
             assert torch.equal(tokens, vqgan.encode(to_pixels(np.stack([getattr(pairs[i], name) for i in rows]))))
         assert torch.equal(cache.image_tokens(rows), cache.tokens_of(rows)[0])
-    batch = make_batch(written, BPE_0, rows, 6)
-    assert batch["image_tokens"].shape == (4, 4) and batch["text_tokens"].shape == (4, 6)
-    assert batch["text_lengths"].tolist() == [3, 4, 3, 3]
+    for bucket, places in ((1, 4), (3, 6), (6, 6), (64, 6)):
+        batch = make_batch(written, BPE_0, rows, dataclasses.replace(cfg, text_bucket=bucket))
+        assert batch["image_tokens"].shape == (4, 4) and batch["text_tokens"].shape == (4, places)
+        assert batch["text_lengths"].tolist() == [3, 4, 3, 3]
 
 
 def test_a_cache_is_whole_or_absent(cfg, pairs, tmp_path):

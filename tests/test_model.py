@@ -1,8 +1,26 @@
+import dataclasses
+
 import pytest
 import torch
 
 from nanomagvlt import sequence
-from nanomagvlt.model import MAGVLT, num_parameters
+from nanomagvlt.model import MAGVLT, num_parameters, waves
+
+
+def test_waves_are_alike_at_equal_distances():
+    """The product of two places' waves depends on how far apart they are, and is highest for a place with itself."""
+    rows = waves(24, 128)
+    products = rows @ rows.T                                                                          # (24, 24)
+    for distance in range(1, 24):
+        diagonal = products.diagonal(distance)
+        assert torch.allclose(diagonal, diagonal[0], atol=1e-3) and diagonal[0] < 0.99 * products[0, 0]
+
+
+def test_positions_start_as_waves_of_the_row_the_column_and_the_text_place(cfg):
+    places = MAGVLT(dataclasses.replace(cfg, position_start="waves")).places.weight
+    assert torch.equal(places[0, :8], places[1, :8]) and torch.equal(places[0, 8:], places[2, 8:])    # G = 2, N = 4
+    assert torch.allclose(places[4:10], 2 ** 0.5 * cfg.init_std * waves(6, 16))
+    assert not torch.equal(places[0, :8], places[2, :8])
 
 
 def build(task, cfg, batch, hide_text=True):

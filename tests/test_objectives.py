@@ -116,6 +116,19 @@ def test_padding_does_not_touch_loss_or_gradient(task, whole, batch, draw):
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+@pytest.mark.parametrize("task", sequence.TASKS)
+def test_places_that_are_padding_in_all_the_batch_may_be_left_out(task, whole, batch, draw):
+    """Of mixed captions too: nothing is cut there that would not be cut with them."""
+    whole.cfg.mixsel_separators, batch["text_lengths"] = 2, torch.tensor([1, 2, 2, 1, 2])
+    batch["text_tokens"].scatter_(1, batch["text_lengths"][:, None] - 1, whole.cfg.text_vocab - 1)       # end tokens
+
+    def same(purpose: str, *shape: int) -> torch.Tensor:  # numbers for a place, whatever the places after it
+        return draw(purpose, *[8] * len(shape))[(..., *map(slice, shape))]
+    short = dict(batch, text_tokens=batch["text_tokens"][:, :2])
+    for name, term in terms_of(whole, task, batch, same).items():
+        assert torch.allclose(term, terms_of(whole, task, short, same)[name], rtol=1e-5), name
+
+
 @pytest.mark.parametrize("length_pass", ["own", "main"])
 def test_length_counts_from_one_and_its_own_pass_shows_nothing_of_it(length_pass, cfg, model, batch, draw, monkeypatch):
     cfg.length_pass, seen = length_pass, watched(model, monkeypatch)
