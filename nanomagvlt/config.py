@@ -94,7 +94,7 @@ class Config:
     text_temperature: float = 0.1            # sampling temperature, every step
     text_top_k: int = 32                     # sample among this many likeliest tokens; 0: among all
     text_choice: str = "least"               # places masked again: draw (by confidence, at random) or least (confident)
-    length_places: int = 1                   # text places visible, all masked, when the length is predicted; P 16
+    length_places: int = 16                  # text places visible, all masked, when the length is predicted; P 16
     # Housekeeping
     seed: int = 0                            # same seed, same device, same result
     log_every: int = 10                      # updates between lines of log.jsonl
@@ -123,6 +123,10 @@ class Config:
                    if not isinstance(value, str)}
         problems = [(not all(map(math.isfinite, values)), f"{name} {getattr(self, name)} must be finite")
                     for name, values in numbers.items()]
+        problems += [(getattr(self, name) not in names, f"{name} {getattr(self, name)!r} is none of {', '.join(names)}")
+                     for name, names in CHOICES.items()]
+        problems += [(not 0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)} must lie in [0, 1)")
+                     for name in ("label_smoothing", "dropout", "ema")]
         problems += [
             (self.image_size % (2 * patch),
              f"image_size {self.image_size} is no multiple of {2 * patch}, twice the patch that vq_multipliers make"),
@@ -135,24 +139,13 @@ class Config:
              f"length_places {self.length_places} must lie in 1..text_length {self.text_length}"),
             (not 1 <= self.image_steps <= self.image_tokens,
              f"image_steps {self.image_steps} must lie in 1..{self.image_tokens}, the number of image tokens"),
-            (self.mixsel not in ("off", "select", "random"), f"mixsel {self.mixsel!r} is none of off, select, random"),
             (self.mixsel != "off" and self.batch_size < 2, "mixsel wants at least two pairs a batch: see batch_size"),
             (self.mixsel != "off" and not 1 <= self.mixsel_separators <= self.text_length - 3,
              f"mixsel_separators {self.mixsel_separators} must lie in 1..text_length - 3"),
-            (self.unroll_text not in ("masked", "all"), f"unroll_text {self.unroll_text!r} is neither masked nor all"),
-            (self.it2it_ratio not in ("opposite", "same"),
-             f"it2it_ratio {self.it2it_ratio!r} is neither opposite nor same"),
-            (self.length_pass not in ("main", "own"), f"length_pass {self.length_pass!r} is neither main nor own"),
-            (self.position_start not in ("waves", "normal"),
-             f"position_start {self.position_start!r} is neither waves nor normal"),
             (self.position_start == "waves" and self.width % 4,
              f"width {self.width} is no multiple of 4, which position_start waves wants"),
-            (self.text_choice not in ("draw", "least"), f"text_choice {self.text_choice!r} is neither draw nor least"),
-            (not 0 <= self.label_smoothing < 1, f"label_smoothing {self.label_smoothing} must lie in [0, 1)"),
-            (not 0 <= self.dropout < 1, f"dropout {self.dropout} must lie in [0, 1)"),
             (not 0 <= self.bpe_dropout <= 1, f"bpe_dropout {self.bpe_dropout} must lie in [0, 1]"),
             (bool(self.vq_vgg) != bool(self.vq_lpips), "vq_vgg and vq_lpips: the perceptual loss wants both"),
-            (not 0 <= self.ema < 1, f"ema {self.ema} must lie in [0, 1)"),
             (not 0 <= self.vq_mixed <= 1, f"vq_mixed {self.vq_mixed} must lie in [0, 1]"),
             (len(self.betas) != 2, f"betas {self.betas} must be two numbers"),
             (len(self.image_temperature) != 2 or min(self.image_temperature) < 0.001,
@@ -177,9 +170,14 @@ class Config:
         return self
 
 
+# What the settings that are words may say.
+CHOICES = {"mixsel": ("off", "select", "random"), "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
+           "length_pass": ("own", "main"), "position_start": ("normal", "waves"), "text_choice": ("draw", "least")}
+
 PRESETS = {
     "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=1000, steps=2000, position_start="waves",
-                  eval_scenes=100, eval_every=500, sample_every=1000, save_every=500, task_weights=(1.0, 1.0, 0.0)),
+                  length_places=1, eval_scenes=100, eval_every=500, sample_every=1000, save_every=500,
+                  task_weights=(1.0, 1.0, 0.0)),
     "tiny": dict(),
     "base": dict(data="", image_size=256, text_length=64, text_bucket=64, bpe_merges=48_894, clean_captions=True,
                  bpe_dropout=0.1, codebook_size=16_384, codebook_dim=256, vq_channels=128,
@@ -188,7 +186,7 @@ PRESETS = {
                  width=1024, heads=8, dropout=0.1, init_std=0.02, task_weights=(8.0, 1.0, 1.0), length_weight=0.01,
                  length_pass="main", unroll_mask=True, mixsel="select", label_smoothing=0.1, steps=40_000,
                  batch_size=4096, lr=4.5e-4, warmup=1000, ema=0.9999, text_steps=12,
-                 text_choice="draw", length_places=16),
+                 text_choice="draw"),
 }
 
 PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=80_000)
