@@ -119,10 +119,9 @@ class Config:
     def check(self) -> "Config":
         """Returns itself. Raises ValueError, naming the field, where values cannot work together."""
         patch = 2 ** (len(self.vq_multipliers) - 1)
-        numbers = {name: value if isinstance(value, tuple) else (value,) for name, value in vars(self).items()
-                   if not isinstance(value, str)}
-        problems = [(not all(map(math.isfinite, values)), f"{name} {getattr(self, name)} must be finite")
-                    for name, values in numbers.items()]
+        problems = [(isinstance(number, float) and not math.isfinite(number), f"{name} {value} must be finite")
+                    for name, value in vars(self).items()
+                    for number in (value if isinstance(value, tuple) else (value,))]
         problems += [(getattr(self, name) not in names, f"{name} {getattr(self, name)!r} is none of {', '.join(names)}")
                      for name, names in CHOICES.items()]
         problems += [(not 0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)} must lie in [0, 1)")
