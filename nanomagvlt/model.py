@@ -112,7 +112,7 @@ class MAGVLT(nn.Module):
 
 
 def waves(num_places: int, width: int) -> Tensor:
-    """Sines and cosines of the place, of wavelengths from 2 pi to about eight times all places: (num_places, width).
+    """Sines and cosines of the place, of wavelengths from 2 pi to about 25 times all places: (num_places, width).
 
     Only a start, learned on from there: looking "one place to the left" is then the same little rotation everywhere,
     while for random positions it has to be learnt anew at each of them.

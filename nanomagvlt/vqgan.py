@@ -195,7 +195,7 @@ class VQGAN(nn.Module):
         b, p = len(pixels), self.cfg.image_size // self.cfg.grid                                   # p: a patch's side
         h, w = pixels.shape[2] // p, pixels.shape[3] // p
         patches = pixels.view(b, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(b * h * w, 3, p, p)
-        patches, which = patches.unique(dim=0, return_inverse=True)  # a small world repeats itself: most of the work
+        patches, which = patches.unique(dim=0, return_inverse=True)  # a small world repeats itself: equal ones once
         z = self.quant_conv(self.encoder(patches))[which]                                          # (B*G*G, c, 1, 1)
         return z.view(b, h, w, -1).permute(0, 3, 1, 2)                                             # (B, c, G, G)
 
