@@ -11,12 +11,10 @@ import copy
 import dataclasses
 import json
 import math
-import signal
 import sys
 import time
 from collections import Counter, defaultdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +25,14 @@ from nanomagvlt import checkpoint, metrics, shapes
 from nanomagvlt.bpe import BPE
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, Parser, add_config_flags, config_from_args
 from nanomagvlt.data import (DataError, TokenCache, keyed_generator, keyed_seed, left_out, make_batch, read_pairs,
-                             rows_of_step, to_images, to_pixels, write_cache, write_json)
+                             rows_of_step, write_cache, write_json)
 from nanomagvlt.generate import Generator, contact_sheet, pick_device
+from nanomagvlt.loop import Interrupt, Log, Stopped, learning_rate, optimizer_for
 from nanomagvlt.model import MAGVLT, num_parameters
 from nanomagvlt.objectives import loss_terms, total_loss
 from nanomagvlt.sequence import TASKS
-from nanomagvlt.vqgan import VQGAN, Codebook, codebook_use
-from nanomagvlt.vqloss import Critic, Perceptual, adversary_share, critic_loss, painter_loss
+from nanomagvlt.vqgan import VQGAN
+from nanomagvlt.vqtrain import train_vqgan
 
 REFERENCES = Path(__file__).parent / "data" / "results"
 STAGES = ("vqgan", "cache", "bpe", "model")
@@ -42,62 +41,6 @@ EXAMPLES = """examples:
   python train.py --preset tiny --name wide --width 192            another run beside it
   python train.py --data 'shards/*.tar' --val-data 'val/*.tar'     your own pairs, as img2dataset writes them
 """
-
-
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM came, and all there is has been saved."""
-
-
-class Interrupt:
-    """Within `with Interrupt() as stop`, the first Ctrl-C or SIGTERM is a flag, stop.came, to be looked at after each
-    update; a second one ends at once."""
-
-    def __enter__(self):
-        self.came = False
-        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __call__(self, number, frame):
-        if self.came:
-            sys.exit(128 + number)
-        self.came = True
-        tqdm.write("stopping after this update, and saving ...")
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
-    """Linear from 0 over the warm-up, then half a cosine down to 0 at the end."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def optimizer_for(model: torch.nn.Module, cfg: Config, lr: float) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices and convolutions only, not on biases, norms, embeddings or positions."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
-    rest = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
-    return torch.optim.AdamW([{"params": decayed, "weight_decay": cfg.weight_decay},
-                              {"params": rest, "weight_decay": 0.0}], lr=lr, betas=cfg.betas, fused=True)
-
-
-class Log:
-    """One JSON line a record, appended; going on from an earlier step drops the lines after it.
-
-    A last line that a crash cut short, without its newline, is one of those.
-    """
-
-    def __init__(self, path: Path, step: int):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-        self.file = open(path, "a", buffering=1)
-
-    def write(self, **record) -> None:
-        self.file.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------- stages
@@ -114,138 +57,7 @@ def get_vqgan(cfg: Config, run: Path, device: torch.device) -> VQGAN:
     if cfg.vqgan or path.exists() and checkpoint.load(path, "vqgan")["step"] == cfg.vq_steps:
         print(f"vqgan: reusing {path}")
         return checkpoint.load_vqgan(path).to(device)
-    return train_vqgan(cfg, path, device)
-
-
-def train_vqgan(cfg: Config, path: Path, device: torch.device) -> VQGAN:
-    """The image tokenizer, trained on the images of the training pairs (chapter 6); goes on where path stopped."""
-    torch.manual_seed(keyed_seed(cfg.seed, "vqgan weights"))
-    players, step = Players(cfg, device), 0
-    if path.exists():
-        step = players.load(checkpoint.load(path, "vqgan"))
-    model = players.vqgan
-
-    images = vqgan_images(cfg)                                                                       # (n, S, S, 3)
-    print(f"vqgan: {num_parameters(model):,} parameters on {len(images):,} images of {cfg.image_size}x{cfg.image_size}"
-          + (f", going on at step {step}" if step else ""))
-    log = Log(path.parent / "vqgan_log.jsonl", step)
-    with Interrupt() as stop, tqdm(total=cfg.vq_steps, initial=step, desc="vqgan", unit="step") as bar:
-        while step < cfg.vq_steps:
-            terms, codes = update_vqgan(players, cfg, images, step)
-            step += 1
-            bar.update()
-            if step % cfg.log_every == 0:
-                share, perplexity = codebook_use(codes, cfg.codebook_size)
-                log.write(step=step, used=share, perplexity=perplexity, **{n: t.item() for n, t in terms.items()})
-                bar.set_postfix_str(f"l1 {terms['l1'].item():.4f}, perplexity {perplexity:.1f}, {share:.0%} of codes")
-            if step % cfg.save_every == 0 or step == cfg.vq_steps or stop.came:
-                checkpoint.save(path, "vqgan", cfg, step=step, **players.state())
-            if stop.came and step < cfg.vq_steps:
-                raise Stopped(f"{path} at step {step}")
-    report_vqgan(model.eval(), cfg, images)
-    return model
-
-
-def vqgan_images(cfg: Config) -> np.ndarray:
-    """What the VQ-GAN learns from: uint8 (n, S, S, 3), vq_images training images and, after them, the joined ones.
-
-    MixSel shows the transformer pairs of squeezed images, so the image tokenizer must know such: a share vq_mixed of
-    the images is joined with the next one, half of these left|right, half top|bottom.
-    """
-    pairs = list(islice(pairs_of(cfg, "train", Counter()), cfg.vq_images))
-    mixed = round(cfg.vq_mixed * len(pairs))
-    joined = [np.concatenate([a.tall, b.tall], 1) if i % 2 else np.concatenate([a.wide, b.wide], 0)
-              for i, (a, b) in enumerate(zip(pairs[:mixed], pairs[1:mixed] + pairs[:1]))]
-    return np.stack([pair.image for pair in pairs] + joined)
-
-
-class Players:
-    """The VQ-GAN in training, with its codebook, its judges and their optimisers; critic and perceptual may be None."""
-
-    def __init__(self, cfg: Config, device: torch.device):
-        self.vqgan = VQGAN(cfg).to(device)
-        self.codebook = Codebook(self.vqgan.quantize.embedding, cfg.vq_decay)
-        self.optimizer = optimizer_for(self.vqgan, cfg, cfg.vq_lr)
-        self.perceptual = Perceptual.load(cfg.vq_vgg, cfg.vq_lpips).to(device) if cfg.vq_vgg else None
-        self.critic = Critic(cfg.vq_critic_channels).to(device) if cfg.vq_critic else None
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), betas=(0.5, 0.9)) if self.critic else None
-
-    def parts(self) -> dict:
-        """What a checkpoint keeps, by name."""
-        parts = {"vqgan": self.vqgan, "optimizer": self.optimizer, "codebook": self.codebook}
-        return {**parts, "critic": self.critic, "critic_optimizer": self.critic_optimizer} if self.critic else parts
-
-    def state(self) -> dict:
-        return {name: part.state_dict() for name, part in self.parts().items()}
-
-    def load(self, content: dict) -> int:
-        """Goes on from a checkpoint; returns its step."""
-        for name, part in self.parts().items():
-            part.load_state_dict(content[name])
-        return content["step"]
-
-
-def update_vqgan(players: Players, cfg: Config, images: np.ndarray,
-                 step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """One update of the painter and, once it counts, of the critic (chapter 7): the loss terms, the codes (B, N).
-
-    The first vq_start updates train a plain autoencoder: a codebook laid over features that are still moving fast
-    loses most of its codes.
-    """
-    model, codebook = players.vqgan, players.codebook
-    device = model.quantize.embedding.weight.device
-    quantise = step >= cfg.vq_start
-    if step == cfg.vq_start:
-        first = to_pixels(images[rows_of_step(0, min(512, len(images)), len(images), cfg.seed)]).to(device)
-        with torch.no_grad():
-            codebook.start(as_rows(model.features(first)), keyed_generator(cfg.seed, "codebook start"))
-
-    pixels = to_pixels(images[rows_of_step(step, cfg.vq_batch, len(images), cfg.seed)]).to(device)   # (B, 3, S, S)
-    lr = learning_rate(step, cfg.vq_lr, 50, cfg.vq_steps)
-    reconstruction, commitment, z, codes = model(pixels, quantise)
-    share = adversary_share(step, cfg.vq_critic_start, cfg.vq_critic_ramp)
-    loss, terms = painter_loss(pixels, reconstruction, model.decoder.conv_out.weight, players.critic,
-                               players.perceptual, share)
-    follow(players.optimizer, loss + cfg.vq_commitment * commitment, lr)
-    if quantise:
-        codebook.update(as_rows(z.detach()), codes.flatten(), keyed_generator(cfg.seed, "codebook", step))
-    if players.critic and share > 0:
-        loss, more = critic_loss(players.critic, pixels, reconstruction)
-        follow(players.critic_optimizer, loss, lr / 4)  # a quarter of the painter's rate: a guess, not tuned
-        terms |= more
-    return {**terms, "commitment": commitment.detach()}, codes
-
-
-def follow(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> None:
-    """One step down the loss."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
-def as_rows(z: torch.Tensor) -> torch.Tensor:
-    """Features (B, c, G, G) -> vectors (B*G*G, c)."""
-    return z.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-@torch.inference_mode()
-def report_vqgan(vqgan: VQGAN, cfg: Config, images: np.ndarray) -> None:
-    """How well up to 500 training images survive being turned into tokens and back."""
-    pixels = to_pixels(images[:500]).to(vqgan.quantize.embedding.weight.device)
-    codes = torch.cat([vqgan.encode(part) for part in pixels.split(100)])
-    painted = torch.cat([vqgan.decode(part) for part in codes.split(100)])
-    share, perplexity = codebook_use(codes, cfg.codebook_size)
-    psnr = 10 * math.log10(4 / (painted.clamp(-1, 1) - pixels).square().mean().item())
-    used = f"{round(share * cfg.codebook_size)} of {cfg.codebook_size} codes used"
-    line = f"vqgan: PSNR {psnr:.1f} dB, {used}, perplexity {perplexity:.1f}"
-    if cfg.data.startswith("shapes:"):
-        level = shapes.get_level(cfg.data.removeprefix("shapes:"))
-        seen, truth = shapes.read_images(to_images(painted), level), shapes.read_images(images[:500], level)
-        right = sum(s.is_clean and s.scene == t.scene for s, t in zip(seen, truth))
-        line += f", {right / len(truth):.1%} of reconstructions judged right"
-    print(line)
+    return train_vqgan(cfg, pairs_of(cfg, "train", Counter()), path, device)
 
 
 def make_caches(cfg: Config, run: Path, vqgan: VQGAN) -> dict[str, TokenCache]:
@@ -383,23 +195,25 @@ def draw_task(cfg: Config, step: int) -> str:
 
 
 def uniform(device: torch.device, batch_size: int, seed: int, step: int, purpose: str, *shape: int) -> torch.Tensor:
-    """The `draw` of objectives.py: uniform numbers (B, *shape) that depend on the seed, the update and the purpose."""
+    """The `uniform` of objectives.py: numbers (B, *shape) in [0, 1) that depend on seed, update and purpose."""
     return torch.rand(batch_size, *shape, generator=keyed_generator(seed, step, purpose)).to(device)
 
 
 @torch.no_grad()
 def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[str, float]:
-    """Mean loss terms of each task on up to 8 batches of unseen pairs, always with the same masks; "mask" adds them up
+    """Mean loss terms of each task on up to 512 unseen pairs, always the same with the same masks; "mask" adds them up
     by task weight."""
-    sums, batches = defaultdict(float), max(1, min(8, len(cache) // cfg.batch_size))
+    size = min(64, len(cache))
+    sums, batches = defaultdict(float), min(8, len(cache) // size)
     for i in range(batches):
-        rows = rows_of_step(i, cfg.batch_size, len(cache), cfg.seed)
+        rows = rows_of_step(i, size, len(cache), cfg.seed)
         batch = make_batch(cache, bpe, rows, cfg)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        draw = partial(uniform, model.device, cfg.batch_size, cfg.seed, f"val {i}")
+        numbers = partial(uniform, model.device, size, cfg.seed, f"val {i}")
         for task, weight in zip(TASKS, cfg.task_weights):
             if weight:
-                for name, term in ((n, t) for terms in loss_terms(model, task, batch, draw) for n, t in terms.items()):
+                terms = {name: term for part in loss_terms(model, task, batch, numbers) for name, term in part.items()}
+                for name, term in terms.items():
                     sums[task if name == "mask" else f"{task}_{name}"] += term.item() / batches
                     if name == "mask":
                         sums["mask"] += term.item() / batches * weight / sum(cfg.task_weights)

@@ -4,7 +4,7 @@ MAGVLT learns and draws by one act: some tokens are hidden, the model guesses th
 questions that training and decoding share (sections 3.1 and 3.2 of the paper):
 
   how large a share is hidden?   gamma(u): the share STILL MASKED at progress u in [0, 1]. It falls from 1 to 0.
-                                 Training draws u at random; decoding walks u = 0, 1/K, 2/K, ...
+                                 Training draws u at random (the paper's r); decoding walks u = 0, 1/K, 2/K, ...
   how many places is that?       num_masked() in training, decoding_counts() in decoding
   which places?                  lowest(): those with the lowest score. In training the score is a random number,
                                  in decoding it is the model's confidence, with some Gumbel noise.
@@ -38,7 +38,8 @@ def gamma(u: Tensor, schedule: str) -> Tensor:
 def num_masked(share: Tensor, num_places: Tensor | int, rounding: Callable[[Tensor], Tensor] = torch.ceil) -> Tensor:
     """ceil(share x N) places, at least 1 and at most N (section 3.1). share in [0, 1]: (B,) -> (B,) long.
 
-    rounding is torch.ceil, or torch.floor where fewer places are hidden a second time.
+    N may be 0, of a modality that is only shown: then 0. rounding is torch.ceil or, in UnrollMask and for MixSel's
+    halves of images, torch.floor.
     """
     slack = SLACK if rounding is torch.floor else -SLACK
     return rounding(share.double() * num_places + slack).clamp(min=1).long().clamp(max=num_places)
@@ -47,7 +48,7 @@ def num_masked(share: Tensor, num_places: Tensor | int, rounding: Callable[[Tens
 def decoding_counts(num_hidden: Tensor, steps: int, schedule: str, can_remask: bool) -> Tensor:
     """How many places are masked before each of the K decoding steps, of num_hidden (B,) to fill: (B, K) long.
 
-    Images keep what they have drawn: ceil(gamma(k/K) N), and each step keeps at least one place more.
+    Images keep what they once kept: ceil(gamma(k/K) N), and each step keeps at least one place more.
     Text may be masked again (can_remask): floor(gamma(k/K) N), at least 1 (the paper writes ceil, the authors'
     code has floor).
     Raises ValueError where there are more steps than places to reveal one by one.
@@ -77,7 +78,7 @@ def lowest(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:
 def gumbel(uniform: Tensor) -> Tensor:
     """Standard Gumbel noise from uniform numbers in [0, 1): the same shape.
 
-    Adding it to log p and taking the n highest draws n places without replacement, each with probability ~ p.
+    Adding it to log p and taking the n highest draws n places one after the other, each in proportion to its p.
     """
     tiny = torch.finfo(uniform.dtype).tiny
     return -torch.log((-torch.log(uniform.clamp(min=tiny))).clamp(min=tiny))
@@ -87,7 +88,7 @@ def sample(logits: Tensor, uniform: Tensor, top_k: int = 0) -> tuple[Tensor, Ten
     """One token per place and its probability, each (B, N), from logits (B, N, V) and uniform numbers (B, N).
 
     The token is where the cumulative distribution passes the uniform number: one random number a place instead of V.
-    top_k > 0 samples among the top_k likeliest tokens only.
+    top_k > 0 samples among the top_k likeliest tokens only; the probability is the one among these.
     """
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float("-inf"))

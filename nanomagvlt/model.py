@@ -16,7 +16,7 @@ from nanomagvlt.sequence import SPECIAL_TOKENS, Layout, Sequence
 
 
 class Attention(nn.Module):
-    """Multi-head attention over everything that is real (softmax(Q K^T / sqrt(head size)) V)."""
+    """Multi-head attention over everything that is real, but for BOT's row: softmax(Q K^T / sqrt(head size)) V."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -60,7 +60,8 @@ class MAGVLT(nn.Module):
     """The whole model. Call it on a Sequence for its last states, then ask for the logits of a modality."""
 
     def __init__(self, cfg: Config):
-        """cfg.text_vocab must be the size of the text vocabulary. Weights start as section A's: see init_std."""
+        """cfg.text_vocab must be the size of the text vocabulary. Weights start as N(0, init_std) and biases as 0
+        (appendix A); positions as N(0, init_std) too or, ours, as waves."""
         super().__init__()
         n, t = cfg.image_tokens, cfg.text_length
         self.cfg = cfg
@@ -78,7 +79,7 @@ class MAGVLT(nn.Module):
         if cfg.position_start == "waves":
             row_or_column = waves(cfg.grid, cfg.width // 2)                                        # (G, D/2)
             image = torch.cat([row_or_column.repeat_interleave(cfg.grid, 0), row_or_column.repeat(cfg.grid, 1)], dim=1)
-            with torch.no_grad():
+            with torch.no_grad():  # a sine's mean square is 1/2
                 self.places.weight[:n + t] = 2 ** 0.5 * cfg.init_std * torch.cat([image, waves(t, cfg.width)])
 
     @property

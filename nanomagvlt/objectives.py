@@ -6,16 +6,18 @@ join it; eq. 6, total_loss(), adds them up:
 
   length   how long is the caption? (section 3.2)
   unroll   UnrollMask (section 3.3): the model's own guesses are put in, fewer places are hidden again, and the
-           ORIGINAL tokens are asked for. Decoding looks like that: most of what is visible then are earlier guesses,
-           some of them wrong, while in the main pass all that is visible is true.
+           ORIGINAL tokens are asked for there. Decoding looks like that: most of what is visible then are earlier
+           guesses, some of them wrong, while in the main pass all that is visible is true.
   mixsel   MixSel (section 3.4): two images, or two captions, are put side by side as the context, and a selector token
-           says which of them is meant. Whoever answers from habit, without looking, answers for the wrong one.
+           says which of them is meant. A model that answers from habit, or looks at the wrong one, is found out.
 
 Everything here is on tokens: no pixel, no string. The model is handed in, and so is the randomness, as
-`draw(purpose, *shape)`, which gives uniform numbers in [0, 1) of shape (B, *shape), always the same for a purpose in
-one update: so that the numbers can be made independent of how a batch is split.
+`uniform(purpose, *shape)`, which gives uniform numbers in [0, 1) of shape (B, *shape), always the same for a purpose
+in one update: so that a sample's numbers can be made the same however a batch is split. (MixSel's partners and
+direction, and the means, are still those of the batch that is handed in.)
 
-Shapes: B batch, N image places on G x G, T text places, V vocabulary. Read on in decode.py.
+Shapes: B batch, N image places on G x G, V_I image and V_T text vocabulary, T text places of this batch: its longest
+caption or a little more, at most cfg.text_length. Read on in decode.py.
 """
 import math
 from collections.abc import Callable, Iterator
@@ -27,8 +29,11 @@ from torch import Tensor
 from nanomagvlt import sequence
 from nanomagvlt.masking import gamma, lowest, num_masked, sample
 
-Draw = Callable[..., Tensor]
-Batch = dict[str, Tensor]  # image_tokens (B, N), tall_tokens and wide_tokens (B, N/2), text_tokens (B, T), text_lengths
+Uniform = Callable[..., Tensor]
+
+# image_tokens (B, N), text_tokens (B, T), text_lengths (B,); and for MixSel the tokens of the image squeezed to half
+# its width, tall_tokens (B, N/2) on G x G/2, and to half its height, wide_tokens (B, N/2) on G/2 x G.
+Batch = dict[str, Tensor]
 
 
 def total_loss(terms: dict[str, Tensor], task: str, cfg) -> Tensor:
@@ -40,20 +45,21 @@ def total_loss(terms: dict[str, Tensor], task: str, cfg) -> Tensor:
             + cfg.mixsel_weight * mixsel)                         # + lambda_MS L_MS
 
 
-def loss_terms(model, task: str, batch: Batch, draw: Draw) -> Iterator[dict[str, Tensor]]:
+def loss_terms(model, task: str, batch: Batch, uniform: Uniform) -> Iterator[dict[str, Tensor]]:
     """The terms of eq. 6 for one batch of one task, unweighted, pass after pass through the model.
 
-    What is yielded may be back-propagated before the next is asked for: only one pass need be in memory.
+    What is yielded may be back-propagated, and let go of, before the next is asked for: then only one pass is ever in
+    memory.
     """
     cfg, text_tokens, lengths = model.cfg, batch["text_tokens"], batch["text_lengths"]
-    image_is_masked, text_is_masked = hide(task, *may_hide(task, batch), draw, "", cfg)
+    image_is_masked, text_is_masked = hide(task, *may_hide(task, batch), uniform, "main", cfg)
 
     seq = sequence.build(task, cfg, batch["image_tokens"], image_is_masked, text_tokens, text_is_masked, lengths)
     states = model(seq)                                                                              # (B, L, D)
-    loss, logits = guesses(model, task, states, seq, batch)
+    loss, logits = score(model, task, states, seq, batch)
     if cfg.unroll_mask and task != "it2it":
         # No gradient flows through a guess: it is a number, drawn from the main pass's logits at temperature 1.
-        guessed, _ = sample(logits.detach(), draw("unroll guesses", logits.shape[1]))                # (B, N) or (B, T)
+        guessed, _ = sample(logits.detach(), uniform("unroll guesses", logits.shape[1]))             # (B, N) or (B, T)
     terms = {"mask": loss}
     if task != "t2i" and cfg.length_pass == "main":
         terms["length"] = length_loss(model, states, seq, lengths)
@@ -61,12 +67,15 @@ def loss_terms(model, task: str, batch: Batch, draw: Draw) -> Iterator[dict[str,
     del terms, loss, logits, states  # else the main pass's memory would be held through the next
 
     if task != "t2i" and cfg.length_pass == "own":
-        seq_length = sequence.build_for_length(task, cfg, batch["image_tokens"], image_is_masked)
+        # In the main pass BOT does not see the text, but the image places do, and BOT sees those: from the second
+        # block on it can read off how many text places there are, which is the answer. Decoding does not know it
+        # yet. So here the text is what it is there: a fixed number of masked places.
+        seq_length = sequence.build_for_length(cfg, batch["image_tokens"], image_is_masked)
         yield {"length": length_loss(model, model(seq_length), seq_length, lengths)}
     if cfg.unroll_mask and task != "it2it":
-        yield {"unroll": unroll_mask(model, task, batch, image_is_masked, text_is_masked, guessed, draw)}
+        yield {"unroll": unroll_mask(model, task, batch, image_is_masked, text_is_masked, guessed, uniform)}
     if cfg.mixsel != "off":
-        yield {"mixsel": mixsel(model, task, batch, draw)}
+        yield {"mixsel": mixsel(model, task, batch, uniform)}
 
 
 # ---------------------------------------------------------------------------------------------- hide, guess, compare
@@ -77,28 +86,29 @@ def may_hide(task: str, batch: Batch) -> tuple[Tensor, Tensor]:
             sequence.real_places(batch["text_lengths"], batch["text_tokens"].shape[1]) & (task != "t2i"))
 
 
-def hide(task: str, image_may_hide: Tensor, text_may_hide: Tensor, draw: Draw, purpose: str, cfg,
-         rounding: Callable = torch.ceil) -> tuple[Tensor, Tensor]:
+def hide(task: str, image_may_hide: Tensor, text_may_hide: Tensor, uniform: Uniform, purpose: str, cfg,
+         image_rounding: Callable = torch.ceil) -> tuple[Tensor, Tensor]:
     """Which tokens are hidden, of those that may be: image_is_masked (B, N) and text_is_masked (B, T), bool.
 
     r ~ U[0, 1] stands for a moment of decoding (section 3.1). In each hidden modality ceil(gamma(r) N) of the N places
-    that may be, chosen uniformly, are masked: at least 1. In it2it both come from one r. In the authors' code they run
-    in opposite directions: a fully hidden image comes with a visible caption, and the reverse; cfg.it2it_ratio "same"
-    hides much of both or little of both, as the paper has it.
+    that may be, chosen uniformly, are masked: at least 1, if there are any. In it2it both come from one r. In the
+    authors' code they run in opposite directions: a fully hidden image comes with a visible caption, and the reverse;
+    cfg.it2it_ratio "same" hides much of both or little of both, as the paper has it.
     """
-    r = draw(f"{purpose} r")                                                                         # (B,)
+    r = uniform(f"{purpose} r")                                                                      # (B,)
     r_text = 1 - r if task == "it2it" and cfg.it2it_ratio == "opposite" else r
-    num_image = num_masked(gamma(r, "cosine"), image_may_hide.sum(1), rounding)                      # (B,)
+    num_image = num_masked(gamma(r, "cosine"), image_may_hide.sum(1), image_rounding)                # (B,)
     num_text = num_masked(gamma(r_text, "linear"), text_may_hide.sum(1))                             # (B,)
-    return (lowest(draw(f"{purpose} image places", image_may_hide.shape[1]), num_image, image_may_hide),
-            lowest(draw(f"{purpose} text places", text_may_hide.shape[1]), num_text, text_may_hide))
+    return (lowest(uniform(f"{purpose} image places", image_may_hide.shape[1]), num_image, image_may_hide),
+            lowest(uniform(f"{purpose} text places", text_may_hide.shape[1]), num_text, text_may_hide))
 
 
-def guesses(model, task: str, states: Tensor, seq: sequence.Sequence, targets: Batch) -> tuple[Tensor, Tensor]:
-    """L at the masked places of a pass, its mean over an image's plus its mean over a text's, and the last logits.
+def score(model, task: str, states: Tensor, seq: sequence.Sequence, targets: Batch) -> tuple[Tensor, Tensor]:
+    """The loss at the masked places of a pass, and the logits of what is hidden (in it2it those of the text).
 
     The targets are the original tokens, whatever stood in the sequence. A modality that is only shown is not scored.
-    it2it adds two means (eq. 3); the paper writes sums over places.
+    it2it adds two means, one over all masked image places, one over all masked text places (eq. 3); the paper writes
+    sums.
     """
     smoothing, loss, logits = model.cfg.label_smoothing, 0.0, None
     if task != "i2t":
@@ -130,74 +140,75 @@ def length_loss(model, states: Tensor, seq: sequence.Sequence, lengths: Tensor) 
 # ---------------------------------------------------------------------------------------------- UnrollMask
 
 def unroll_mask(model, task: str, batch: Batch, image_is_masked: Tensor, text_is_masked: Tensor, guessed: Tensor,
-                draw: Draw) -> Tensor:
+                uniform: Uniform) -> Tensor:
     """L_UM (section 3.3, figure 3; eq. 4): one step of decoding, played in training.
 
-    guessed (B, N) in t2i, (B, T) in i2t: the main pass's guesses. They fill the places that were masked; fewer of
-    these are masked again; the originals are asked for there. Guesses that stay visible stay as they are, right or
-    wrong: the model learns to go on from its own mistakes.
+    guessed (B, N) in t2i, (B, T) in i2t: the main pass's guesses. They fill the places that were masked; some of these
+    are masked again, at random (decoding takes the least confident); the originals are asked for there, and only
+    there. Guesses that stay visible stay as they are, right or wrong: the model learns to go on from its own mistakes.
     """
     cfg, lengths = model.cfg, batch["text_lengths"]
     image_tokens, text_tokens = batch["image_tokens"], batch["text_tokens"]
     if task == "t2i":
         image_tokens = torch.where(image_is_masked, guessed, image_tokens)
-        image_is_masked = hide_fewer(image_is_masked, image_is_masked, "cosine", draw)
+        image_is_masked = hide_fewer(image_is_masked, image_is_masked, "cosine", uniform)
     else:
         text_tokens = torch.where(text_is_masked, guessed, text_tokens)
         places = sequence.real_places(lengths, text_tokens.shape[1]) if cfg.unroll_text == "all" else text_is_masked
-        text_is_masked = hide_fewer(text_is_masked, places, "linear", draw)
+        text_is_masked = hide_fewer(text_is_masked, places, "linear", uniform)
     seq = sequence.build(task, cfg, image_tokens, image_is_masked, text_tokens, text_is_masked, lengths)
-    return guesses(model, task, model(seq), seq, batch)[0]                                           # eq. 4
+    return score(model, task, model(seq), seq, batch)[0]                                             # eq. 4
 
 
-def hide_fewer(was_masked: Tensor, among: Tensor, schedule: str, draw: Draw) -> Tensor:
+def hide_fewer(was_masked: Tensor, among: Tensor, schedule: str, uniform: Uniform) -> Tensor:
     """floor(gamma(r') x the number masked before), at least 1, of the places `among`: (B, N) bool, with a fresh r'.
 
     among is was_masked itself, or, for text as an option, all of its places: decoding may mask any of them again.
     """
-    count = num_masked(gamma(draw("unroll r"), schedule), was_masked.sum(1), torch.floor)            # (B,)
-    return lowest(draw("unroll places", was_masked.shape[1]), count, among)
+    count = num_masked(gamma(uniform("unroll r"), schedule), was_masked.sum(1), torch.floor)         # (B,)
+    return lowest(uniform("unroll places", was_masked.shape[1]), count, among)
 
 
 # ---------------------------------------------------------------------------------------------- MixSel
 
-def mixsel(model, task: str, batch: Batch, draw: Draw) -> Tensor:
+def mixsel(model, task: str, batch: Batch, uniform: Uniform) -> Tensor:
     """L_MS (section 3.4, figure 5): two contexts side by side; the selector, in BOG's place, says which is meant.
 
-    The other context is that of another sample of the batch. i2t mixes images and asks for the chosen one's caption,
-    t2i mixes captions and asks for the chosen one's image, it2it mixes both and hides and scores the chosen halves.
-    Images are joined left|right or top|bottom, one direction a batch; captions count as left and right.
+    Meant is always the row's own context; the other is that of another sample of the batch, and stays wholly visible.
+    i2t mixes images and asks for the own caption, t2i mixes captions and asks for the own image, it2it mixes both and
+    hides and scores the own halves. Images are joined left|right or top|bottom, one direction a batch, captions first
+    and second: TOP or LEFT stands for the first of both, and t2i, which mixes no images, says LEFT or RIGHT.
     cfg.mixsel "random" is the paper's control, MixRandom: the same mixes, and no word about which is meant.
     """
     cfg, n = model.cfg, batch["image_tokens"].shape[1]
-    own_first = draw("mix side") < 0.5                                                               # (B,)
-    partner = partners(draw("mix partner"))                                                          # (B,)
+    own_first = uniform("mix side") < 0.5                                                            # (B,)
+    partner = partners(uniform("mix partner"))                                                       # (B,)
     other = {name: tensor[partner] for name, tensor in batch.items()}
     first = {name: choose(own_first, tensor, other[name]) for name, tensor in batch.items()}
     second = {name: choose(own_first, other[name], tensor) for name, tensor in batch.items()}
-    stacked = (draw("mix direction")[:1] < 0.5) & (task != "t2i")                                    # (1,) top|bottom?
+    stacked = (uniform("mix direction")[:1] < 0.5) & (task != "t2i")                                 # (1,) top|bottom?
 
-    targets, lengths = dict(batch), batch["text_lengths"]
+    mixed, lengths = dict(batch), batch["text_lengths"]  # what is shown and, where it is hidden, asked for
     image_may_hide, text_may_hide = may_hide(task, batch)                                            # (B, N), (B, T)
     if task != "t2i":
-        targets["image_tokens"] = join_images(first, second, stacked)
+        mixed["image_tokens"] = join_images(first, second, stacked)
     if task != "i2t":
-        targets["text_tokens"], lengths, is_first, is_second = join_texts(first, second, cfg)
+        mixed["text_tokens"], lengths, is_first, is_second = join_texts(first, second, cfg)
         text_may_hide = choose(own_first, is_first, is_second) & (task == "it2it")                   # (B, T)
     if task == "it2it":
         image_may_hide = first_half(n, stacked) == own_first[:, None]                                # (B, N)
 
-    rounding = torch.floor if task == "it2it" else torch.ceil
-    image_is_masked, text_is_masked = hide(task, image_may_hide, text_may_hide, draw, "mix", cfg, rounding)
+    rounding = torch.floor if task == "it2it" else torch.ceil  # of the image alone: so the authors' code
+    image_is_masked, text_is_masked = hide(task, image_may_hide, text_may_hide, uniform, "mix", cfg, rounding)
     selector = torch.where(own_first, torch.where(stacked, sequence.TOP, sequence.LEFT),
                            torch.where(stacked, sequence.BOTTOM, sequence.RIGHT))                    # (B,)
-    seq = sequence.build(task, cfg, targets["image_tokens"], image_is_masked, targets["text_tokens"], text_is_masked,
+    seq = sequence.build(task, cfg, mixed["image_tokens"], image_is_masked, mixed["text_tokens"], text_is_masked,
                          lengths, selector if cfg.mixsel == "select" else None)
-    return guesses(model, task, model(seq), seq, targets)[0]
+    return score(model, task, model(seq), seq, mixed)[0]
 
 
 def partners(uniform: Tensor) -> Tensor:
-    """Another row for each row, from uniform numbers (B,): all stand in a random ring, and each takes its neighbour."""
+    """Another row for each row, from uniform numbers (B,), B > 1: in a random ring, each takes its neighbour."""
     ring = uniform.argsort()
     return ring.roll(1)[ring.argsort()]
 
@@ -223,26 +234,26 @@ def first_half(num_image: int, stacked: Tensor) -> Tensor:
 
 
 def join_texts(first: Batch, second: Batch, cfg) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two captions as one, `a || b end`: tokens (B, T), lengths (B,), and where a is and where b is.
+    """Two captions as one, `a || b end`: tokens (B, T'), lengths (B,), and where a is and where b is.
 
-    The separators stand where a's end token stood. T is what any two of the batch need, or cfg.text_length: if both do
-    not fit, the longer is cut first, and none below half. The end token belongs to neither.
+    cfg.mixsel_separators of them stand where a's end token stood. T' is what any two of the batch need, or
+    cfg.text_length: if both do not fit, the longer is cut first, and none below half. The end token belongs to neither.
     """
     gap, end_token = cfg.mixsel_separators, cfg.text_vocab - 1                  # the last id, as bpe.py has it
-    t = min(cfg.text_length, 2 * first["text_tokens"].shape[1] + gap - 1)
+    t = min(cfg.text_length, 2 * (first["text_tokens"].shape[1] - 1) + gap + 1)  # words, separators, words, end
 
     def num_words(c: Batch) -> Tensor:  # a caption that was cut at T has no end token to leave out
         last = c["text_tokens"].gather(1, c["text_lengths"][:, None] - 1)[:, 0]
         return c["text_lengths"] - (last == end_token).long()
-    a, b = num_words(first), num_words(second)                                                       # (B,) each
-    room = t - gap - 1
-    a = a.minimum((room - b).clamp(min=room // 2))
-    b = b.minimum(room - a)
+    len_a, len_b = num_words(first), num_words(second)                                               # (B,) each
+    room = t - gap - 1                                                                               # for both
+    len_a = len_a.minimum((room - len_b).clamp(min=room // 2))
+    len_b = len_b.minimum(room - len_a)
 
-    place = torch.arange(t, device=a.device).expand(len(a), t)                                       # (B, T)
-    start_b = (a + gap)[:, None]
-    end = start_b + b[:, None]                                                                       # (B, 1)
-    is_first, is_second = place < a[:, None], (place >= start_b) & (place < end)
+    place = torch.arange(t, device=len_a.device).expand(len(len_a), t)                               # (B, T')
+    start_b = (len_a + gap)[:, None]
+    end = start_b + len_b[:, None]                                                                   # (B, 1)
+    is_first, is_second = place < len_a[:, None], (place >= start_b) & (place < end)
     words_a, words_b = (F.pad(side["text_tokens"], (0, t - side["text_tokens"].shape[1])) for side in (first, second))
     tokens = torch.where(is_first, words_a, sequence.SEPARATOR)
     tokens = torch.where(is_second, words_b.gather(1, (place - start_b).clamp(min=0)), tokens)

@@ -6,18 +6,21 @@ code). An image is N tokens, a caption T places of which the first `length` are 
   t2i           BOC BOT text[T] BOG BOI image[N]       the caption is given, the image is drawn
   i2t, it2it    BOC BOI image[N] BOG BOT text[T]       the image is given, or both are partly hidden
 
-BOI and BOT begin an image and a text, BOC begins the given half, BOG the generated one. (LEFT, RIGHT, TOP, BOTTOM
-take BOG's place when two pairs are mixed and one of them is to be selected.)
+BOI and BOT begin an image and a text, BOC the first half of the sequence, which is given, BOG the second, which is
+generated. (LEFT, RIGHT, TOP, BOTTOM take BOG's place when two contexts are mixed, and say which of them is meant.)
+MASK_IMG and MASK_TXT stand where a token is hidden.
 
 Every place is a row of two tables, added up:
   token table      image ids first, then text ids, then the ten special tokens
-  position table   N rows for image places, T for text places, N + T + 4 for special ones: the four special tokens
-                   use the first four of these
-and a masked place p of its modality adds a third row, special row p, to its MASK token and its own position. Nothing
-but the released weights says so, and without it they do not work.
+  position table   N rows for image places, T for text places, N + T + 4 special rows: the k-th of the four special
+                   tokens in the sequence has special row k, whichever token it is
+and a masked place adds a third row to its MASK token and its own position: special row p for the p-th place of an
+image and for the p-th place of a text alike. It looks arbitrary, and leaves most special rows unused; but the released
+weights were trained so, and do not work without it.
 
 Who may attend to whom: all to all, except that nobody sees padding text, and that where the text comes last the
-row of BOT does not see the text after it: BOT is what the caption's length is read from.
+row of BOT does not see the text after it: BOT is what the caption's length is read from. (That closes the direct path
+only: see build_for_length().)
 
 Shapes: B batch, N image places, T text places, L = N + T + 4, V_I and V_T vocabularies.
 `python -m nanomagvlt.sequence` draws the layouts. Read on in model.py.
@@ -96,7 +99,7 @@ def build(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor,
     def rows(start: int, count: int) -> Tensor:
         return torch.arange(start, start + count, device=device)
 
-    # Each piece: token ids, place rows, rows added where masked, what is masked, what is real.
+    # Each piece, in the order of Sequence's fields: token ids, place rows, rows added where masked, masked?, real?
     pieces = {
         "image": (image_tokens.masked_fill(image_is_masked, first_special_token + MASK_IMG),
                   rows(0, n), rows(first_special_place, n), image_is_masked, torch.ones_like(image_is_masked)),
@@ -115,19 +118,20 @@ def build(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor,
     return Sequence(*(torch.cat(column, dim=-1) for column in columns), layout(task, n, t))
 
 
-def build_for_length(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor) -> Sequence:
-    """What the caption's length is guessed from: the image, and `length_places` text places that are all masked.
+def build_for_length(cfg: Config, image_tokens: Tensor, image_is_masked: Tensor) -> Sequence:
+    """What the caption's length is guessed from: the image, and cfg.length_places text places that are all masked.
 
-    How many they are matters. BOT does not see them, but the image places that it looks at do. Padding would change
-    nothing, so there is none: the sequence ends with them.
+    How many they are matters. BOT does not see them, but the image places that it looks at do: were they as many as
+    the caption has tokens, BOT could read off at second hand what it is to guess. Padding would change nothing, so
+    there is none: the sequence ends with them.
     """
-    nothing = torch.zeros(len(image_tokens), cfg.length_places, dtype=torch.long, device=image_tokens.device)
-    lengths = torch.full_like(nothing[:, 0], cfg.length_places)                                      # (B,)
-    return build(task, cfg, image_tokens, image_is_masked, nothing, torch.ones_like(nothing, dtype=torch.bool), lengths)
+    hidden = torch.zeros(len(image_tokens), cfg.length_places, dtype=torch.long, device=image_tokens.device)
+    lengths = torch.full_like(hidden[:, 0], cfg.length_places)                                       # (B,)
+    return build("i2t", cfg, image_tokens, image_is_masked, hidden, torch.ones_like(hidden, dtype=torch.bool), lengths)
 
 
-def draw(task: str, cfg: Config, image_is_masked: Tensor, text_is_masked: Tensor, text_lengths: Tensor) -> str:
-    """One sample's sequence as text, a place a column group: token, position row, added row. For looking at."""
+def picture(task: str, cfg: Config, image_is_masked: Tensor, text_is_masked: Tensor, text_lengths: Tensor) -> str:
+    """One sample's sequence as text, a line a place: token, position row, added row. For looking at."""
     n, t = cfg.image_tokens, cfg.text_length
     image_tokens, text_tokens = torch.arange(n)[None], torch.arange(t)[None]
     seq = build(task, cfg, image_tokens, image_is_masked, text_tokens, text_is_masked, text_lengths)
@@ -135,7 +139,7 @@ def draw(task: str, cfg: Config, image_is_masked: Tensor, text_is_masked: Tensor
     def token(i: int) -> str:
         if i >= cfg.codebook_size + cfg.text_vocab:
             return SPECIAL_TOKENS[i - cfg.codebook_size - cfg.text_vocab]
-        return f"x{i + 1}" if i < cfg.codebook_size else f"y{i - cfg.codebook_size + 1}"
+        return f"x{i}" if i < cfg.codebook_size else f"y{i - cfg.codebook_size}"
 
     def place(i: int) -> str:
         return f"image {i}" if i < n else f"text {i - n}" if i < n + t else f"special {i - n - t}"
@@ -154,4 +158,4 @@ if __name__ == "__main__":
                                       for bits in ([0, 0, 0, 0], [1, 0, 1, 1], [0, 1, 1, 0]))
     for task, image_mask, text_mask in (("t2i", image_some, nothing), ("i2t", nothing, text_some),
                                         ("it2it", image_some, text_some)):
-        print(draw(task, small, image_mask, text_mask, torch.tensor([3])), "\n")
+        print(picture(task, small, image_mask, text_mask, torch.tensor([3])), "\n")

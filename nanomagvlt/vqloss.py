@@ -9,7 +9,7 @@ The two players are two functions, painter_loss() and critic_loss(). They take t
 other: the painter's gradient runs through the critic but changes nothing there, the critic sees reconstructions as
 given pictures.
 
-Shapes: B batch, S image side. Pixels are in [-1, 1]. Read on in bpe.py.
+Shapes: B batch, S image side. Pixels are in [-1, 1]. Read on in vqtrain.py.
 """
 from pathlib import Path
 

@@ -48,9 +48,9 @@ def batch(cfg) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def draw(batch):
-    """The `draw` of objectives.py: the same numbers for the same purpose."""
-    def uniform(purpose: str, *shape: int) -> torch.Tensor:
+def uniform(batch):
+    """The `uniform` of objectives.py: the same numbers for the same purpose."""
+    def numbers(purpose: str, *shape: int) -> torch.Tensor:
         seed = zlib.crc32(purpose.encode())
         return torch.rand(len(batch["text_lengths"]), *shape, generator=torch.Generator().manual_seed(seed))
-    return uniform
+    return numbers

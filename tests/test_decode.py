@@ -28,12 +28,12 @@ def unsure(seed: int = 0):
 
 def canvas(rows=4, n=16, share=0.7):
     g = torch.Generator().manual_seed(3)
-    is_hidden = torch.rand(rows, n, generator=g) < share
-    return torch.randint(V, (rows, n), generator=g), is_hidden
+    to_fill = torch.rand(rows, n, generator=g) < share
+    return torch.randint(V, (rows, n), generator=g), to_fill
 
 
-def run(model, tokens, is_hidden, recipe, seed=0):
-    return decode(model, tokens, is_hidden, recipe, torch.Generator().manual_seed(seed))
+def run(model, tokens, to_fill, recipe, seed=0):
+    return decode(model, tokens, to_fill, recipe, torch.Generator().manual_seed(seed))
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
@@ -51,42 +51,42 @@ def test_an_oracle_is_recovered_in_any_number_of_steps(recipe):
 
 @pytest.mark.parametrize("recipe", [IMAGE, TEXT], ids=["image", "text"])
 def test_known_tokens_stay_and_counts_are_followed_step_by_step(recipe):
-    tokens, is_hidden = canvas()
+    tokens, to_fill = canvas()
     recipe = with_steps(recipe, 5)
-    filled, trace = run(unsure(), tokens, is_hidden, recipe)
-    counts = decoding_counts(is_hidden.sum(1), 5, recipe.schedule, recipe.can_remask)
+    filled, trace = run(unsure(), tokens, to_fill, recipe)
+    counts = decoding_counts(to_fill.sum(1), 5, recipe.schedule, recipe.can_remask)
     assert torch.equal(torch.stack([step.is_masked.sum(1) for step in trace], 1), counts)
-    assert torch.equal(filled[~is_hidden], tokens[~is_hidden])
+    assert torch.equal(filled[~to_fill], tokens[~to_fill])
     for step in trace:
-        assert not (step.is_masked & ~is_hidden).any()
-        assert torch.equal(step.tokens[~is_hidden], tokens[~is_hidden])
+        assert not (step.is_masked & ~to_fill).any()
+        assert torch.equal(step.tokens[~to_fill], tokens[~to_fill])
     assert torch.equal(trace[-1].tokens, filled)
 
 
 def test_an_image_token_once_drawn_stays_and_a_text_token_may_change():
-    tokens, is_hidden = canvas(rows=50, share=1.1)
-    _, trace = run(unsure(), tokens, is_hidden, with_steps(IMAGE, 10))
+    tokens, to_fill = canvas(rows=50, share=1.1)
+    _, trace = run(unsure(), tokens, to_fill, with_steps(IMAGE, 10))
     for before, after in zip(trace, trace[1:]):
         assert not (after.is_masked & ~before.is_masked).any()
         assert (after.is_masked.sum(1) < before.is_masked.sum(1)).all()
         assert torch.equal(before.tokens[~after.is_masked], after.tokens[~after.is_masked])
-    _, trace = run(unsure(), tokens, is_hidden, with_steps(TEXT, 10))
+    _, trace = run(unsure(), tokens, to_fill, with_steps(TEXT, 10))
     assert any((after.is_masked & ~before.is_masked).any() for before, after in zip(trace, trace[1:]))
 
 
 def test_more_steps_than_image_tokens_is_an_error_for_text_it_is_not():
-    tokens, is_hidden = canvas(share=0.3)
+    tokens, to_fill = canvas(share=0.3)
     with pytest.raises(ValueError, match="17 decoding steps"):
-        run(unsure(), tokens, is_hidden, with_steps(IMAGE, 17))
-    assert run(unsure(), tokens, is_hidden, with_steps(TEXT, 17))[0].shape == tokens.shape
+        run(unsure(), tokens, to_fill, with_steps(IMAGE, 17))
+    assert run(unsure(), tokens, to_fill, with_steps(TEXT, 17))[0].shape == tokens.shape
 
 
 @pytest.mark.parametrize("recipe", [IMAGE, TEXT], ids=["image", "text"])
 def test_a_seed_gives_one_result_whatever_the_batch(recipe):
-    tokens, is_hidden = canvas(rows=3, share=1.1)
-    first, again, other = (run(unsure(), tokens, is_hidden, recipe, seed)[0] for seed in (0, 0, 1))
+    tokens, to_fill = canvas(rows=3, share=1.1)
+    first, again, other = (run(unsure(), tokens, to_fill, recipe, seed)[0] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(run(unsure(), tokens[:1], is_hidden[:1], recipe)[0], first[:1])
+    assert torch.equal(run(unsure(), tokens[:1], to_fill[:1], recipe)[0], first[:1])
 
 
 def test_without_noise_the_most_confident_are_kept():

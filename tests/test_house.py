@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "objectives": "sequence masking", "decode": "sequence masking",
     "data": "bpe shapes", "checkpoint": "bpe config model vqgan",
     "metrics": "shapes data", "published": "bpe checkpoint config model vqgan",
+    "loop": "config", "vqtrain": "checkpoint config data loop model shapes vqgan vqloss",
     "generate": "bpe checkpoint config data decode model published vqgan",
 }
 

@@ -20,8 +20,8 @@ def whole(cfg):
     return MAGVLT(dataclasses.replace(cfg, **WHOLE).check()).eval()
 
 
-def terms_of(model, task, batch, draw) -> dict[str, torch.Tensor]:
-    return {name: term for terms in loss_terms(model, task, batch, draw) for name, term in terms.items()}
+def terms_of(model, task, batch, uniform) -> dict[str, torch.Tensor]:
+    return {name: term for terms in loss_terms(model, task, batch, uniform) for name, term in terms.items()}
 
 
 def watched(model, monkeypatch) -> list[sequence.Sequence]:
@@ -41,10 +41,10 @@ def test_hides_exactly_the_papers_number_and_never_what_may_not(task, ratio, cfg
     g = torch.Generator().manual_seed(0)
     cfg.it2it_ratio = ratio
 
-    def draw(purpose: str, *shape: int) -> torch.Tensor:
+    def uniform(purpose: str, *shape: int) -> torch.Tensor:
         return torch.rand(steps, *shape, generator=g) if shape else r
     text_may_hide = sequence.real_places(lengths, t) & (task != "t2i")
-    image, text = hide(task, torch.full((steps, n), task != "i2t"), text_may_hide, draw, "", cfg)
+    image, text = hide(task, torch.full((steps, n), task != "i2t"), text_may_hide, uniform, "", cfg)
     image_share = torch.cos(r.double() * torch.pi / 2)
     text_share = r.double() if task == "it2it" and ratio == "opposite" else 1 - r.double()
     expected_image = (image_share * n - 1e-6).ceil().clamp(min=1).long() * (task != "i2t")
@@ -69,9 +69,9 @@ def test_cross_entropy_is_the_mean_over_masked_places_alone():
 
 
 @pytest.mark.parametrize("task", sequence.TASKS)
-def test_the_mask_loss_of_a_model_is_that_of_its_masked_logits(task, cfg, model, batch, draw, monkeypatch):
+def test_the_mask_loss_of_a_model_is_that_of_its_masked_logits(task, cfg, model, batch, uniform, monkeypatch):
     seen = watched(model, monkeypatch)
-    terms = terms_of(model, task, batch, draw)
+    terms = terms_of(model, task, batch, uniform)
     seq, expected = seen[0], 0.0
     states = model(seq)
     for name, logits in (("image", model.image_logits(states, seq.layout)),
@@ -84,9 +84,9 @@ def test_the_mask_loss_of_a_model_is_that_of_its_masked_logits(task, cfg, model,
 
 
 @pytest.mark.parametrize("task", sequence.TASKS)
-def test_equation_6(task, whole, batch, draw):
+def test_equation_6(task, whole, batch, uniform):
     """The sum, written out; and its gradient, whether back-propagated as one or part by part."""
-    terms, cfg = terms_of(whole, task, batch, draw), whole.cfg
+    terms, cfg = terms_of(whole, task, batch, uniform), whole.cfg
     assert set(terms) == {"t2i": {"mask", "unroll", "mixsel"}, "i2t": {"mask", "length", "unroll", "mixsel"},
                           "it2it": {"mask", "length", "mixsel"}}[task]
     expected = terms["mask"] + 0.5 * terms["mixsel"]
@@ -99,43 +99,44 @@ def test_equation_6(task, whole, batch, draw):
     parameters = [p for name, p in whole.named_parameters() if task != "t2i" or name != "length.weight"]
     at_once = torch.autograd.grad(loss, parameters)
     whole.zero_grad()
-    for part in loss_terms(whole, task, batch, draw):
+    for part in loss_terms(whole, task, batch, uniform):
         total_loss(part, task, cfg).backward()
     assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(at_once, parameters))
 
 
 @pytest.mark.parametrize("task", sequence.TASKS)
-def test_padding_does_not_touch_loss_or_gradient(task, whole, batch, draw):
+def test_padding_does_not_touch_loss_or_gradient(task, whole, batch, uniform):
     is_padding = ~sequence.real_places(batch["text_lengths"], whole.cfg.text_length)
     other = dict(batch, text_tokens=torch.where(is_padding, (batch["text_tokens"] + 7) % 20, batch["text_tokens"]))
     gradients = []
     for b in (batch, other):
         whole.zero_grad()
-        total_loss(terms_of(whole, task, b, draw), task, whole.cfg).backward()
+        total_loss(terms_of(whole, task, b, uniform), task, whole.cfg).backward()
         gradients.append([p.grad.clone() for p in whole.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
 @pytest.mark.parametrize("task", sequence.TASKS)
-def test_places_that_are_padding_in_all_the_batch_may_be_left_out(task, whole, batch, draw):
+def test_places_that_are_padding_in_all_the_batch_may_be_left_out(task, whole, batch, uniform):
     """Of mixed captions too: nothing is cut there that would not be cut with them."""
     whole.cfg.mixsel_separators, batch["text_lengths"] = 2, torch.tensor([1, 2, 2, 1, 2])
     batch["text_tokens"].scatter_(1, batch["text_lengths"][:, None] - 1, whole.cfg.text_vocab - 1)       # end tokens
 
     def same(purpose: str, *shape: int) -> torch.Tensor:  # numbers for a place, whatever the places after it
-        return draw(purpose, *[8] * len(shape))[(..., *map(slice, shape))]
+        return uniform(purpose, *[8] * len(shape))[(..., *map(slice, shape))]
     short = dict(batch, text_tokens=batch["text_tokens"][:, :2])
     for name, term in terms_of(whole, task, batch, same).items():
         assert torch.allclose(term, terms_of(whole, task, short, same)[name], rtol=1e-5), name
 
 
 @pytest.mark.parametrize("length_pass", ["own", "main"])
-def test_length_counts_from_one_and_its_own_pass_shows_nothing_of_it(length_pass, cfg, model, batch, draw, monkeypatch):
+def test_length_counts_from_one_and_its_own_pass_shows_nothing_of_it(length_pass, cfg, model, batch, uniform,
+                                                                     monkeypatch):
     cfg.length_pass, seen = length_pass, watched(model, monkeypatch)
     model.length.weight.data.zero_()
-    assert torch.allclose(terms_of(model, "i2t", batch, draw)["length"], torch.tensor(float(cfg.text_length)).log())
+    assert torch.allclose(terms_of(model, "i2t", batch, uniform)["length"], torch.tensor(float(cfg.text_length)).log())
     model.length_logits = lambda states, layout: 100.0 * F.one_hot(batch["text_lengths"] - 1, cfg.text_length)
-    assert terms_of(model, "i2t", batch, draw)["length"] < 1e-6
+    assert terms_of(model, "i2t", batch, uniform)["length"] < 1e-6
     seen_text = seen[-1].is_valid[:, seen[-1].layout.text]
     if length_pass == "own":
         assert (seen_text.sum(1) == cfg.length_places).all()
@@ -164,12 +165,12 @@ def test_fewer_are_hidden_again_of_those_that_were(schedule, everywhere):
 
 @pytest.mark.parametrize("text", ["masked", "all"])
 @pytest.mark.parametrize("task", ["t2i", "i2t"])
-def test_unroll_mask_sees_guesses_and_is_asked_for_the_originals(task, text, whole, batch, draw, monkeypatch):
+def test_unroll_mask_sees_guesses_and_is_asked_for_the_originals(task, text, whole, batch, uniform, monkeypatch):
     whole.cfg.unroll_text, whole.cfg.mixsel = text, "off"
     seen, asked, original = watched(whole, monkeypatch), [], objectives.masked_cross_entropy
     monkeypatch.setattr(objectives, "masked_cross_entropy", lambda logits, targets, is_masked, smoothing: (
         asked.append(targets) or original(logits, targets, is_masked, smoothing)))
-    terms_of(whole, task, batch, draw)
+    terms_of(whole, task, batch, uniform)
     name = "image" if task == "t2i" else "text"
     main, unrolled = ({"ids": seq.token_ids[:, getattr(seq.layout, name)],
                        "masked": seq.is_masked[:, getattr(seq.layout, name)]} for seq in (seen[0], seen[-1]))
@@ -186,12 +187,12 @@ def test_unroll_mask_sees_guesses_and_is_asked_for_the_originals(task, text, who
 
 
 @pytest.mark.parametrize("task", ["t2i", "i2t"])
-def test_no_gradient_flows_through_the_guesses(task, whole, batch, draw, monkeypatch):
+def test_no_gradient_flows_through_the_guesses(task, whole, batch, uniform, monkeypatch):
     """The gradient of the second pass is that of the same sequence given as constants."""
     whole.cfg.mixsel, seen = "off", watched(whole, monkeypatch)
-    unroll = terms_of(whole, task, batch, draw)["unroll"]
+    unroll = terms_of(whole, task, batch, uniform)["unroll"]
     parameters = [p for name, p in whole.named_parameters() if name != "length.weight"]
-    expected, _ = objectives.guesses(whole, task, whole(seen[-1]), seen[-1], batch)
+    expected, _ = objectives.score(whole, task, whole(seen[-1]), seen[-1], batch)
     for a, b in zip(torch.autograd.grad(unroll, parameters), torch.autograd.grad(expected, parameters)):
         assert torch.allclose(a, b, atol=1e-7)
 
@@ -245,14 +246,14 @@ SIDES = {sequence.LEFT: ("left", True), sequence.RIGHT: ("left", False),
 
 @pytest.mark.parametrize("direction", [0.1, 0.9])
 @pytest.mark.parametrize("task", sequence.TASKS)
-def test_the_selector_names_what_is_asked_for(task, direction, whole, batch, draw, monkeypatch):
+def test_the_selector_names_what_is_asked_for(task, direction, whole, batch, uniform, monkeypatch):
     """Every caption and image of the batch has tokens of its own, so whose they are can be read off."""
     cfg, seen = whole.cfg, watched(whole, monkeypatch)
     own = torch.arange(5)[:, None]
     batch = {"image_tokens": own.repeat(1, 4), "tall_tokens": own.repeat(1, 2), "wide_tokens": own.repeat(1, 2),
              "text_tokens": own.repeat(1, 6), "text_lengths": torch.tensor([6, 6, 6, 6, 6])}          # no end tokens
     mixsel(whole, task, batch, lambda purpose, *shape: torch.full((5,), direction) if purpose == "mix direction"
-           else draw(purpose, *shape))
+           else uniform(purpose, *shape))
     seq = seen[0]
     bog = [seq.token_ids[0].tolist().index(i) for i in seq.token_ids[0].tolist()
            if i - cfg.codebook_size - cfg.text_vocab in SIDES][0]
@@ -278,11 +279,11 @@ def test_the_selector_names_what_is_asked_for(task, direction, whole, batch, dra
             assert text[i, 2] == sequence.SEPARATOR and text[i, 5] == cfg.text_vocab - 1
 
 
-def test_mixrandom_tells_nobody(whole, batch, draw, monkeypatch):
+def test_mixrandom_tells_nobody(whole, batch, uniform, monkeypatch):
     seen = watched(whole, monkeypatch)
     for mode in ("select", "random"):
         whole.cfg.mixsel = mode
-        mixsel(whole, "i2t", batch, draw)
+        mixsel(whole, "i2t", batch, uniform)
     special = whole.cfg.codebook_size + whole.cfg.text_vocab
     places = seen[0].token_ids != seen[1].token_ids
     assert places.sum() == 5 and (seen[1].token_ids[places] == special + sequence.BOG).all()
@@ -290,7 +291,7 @@ def test_mixrandom_tells_nobody(whole, batch, draw, monkeypatch):
 
 
 @pytest.mark.parametrize("task", sequence.TASKS)
-def test_swapping_the_pair_and_the_selector_gives_the_same_loss(task, whole, batch, draw):
+def test_swapping_the_pair_and_the_selector_gives_the_same_loss(task, whole, batch, uniform):
     """With all hidden that may be, and a mock that guesses the same everywhere: it is asked for the same tokens."""
     cfg = dataclasses.replace(whole.cfg, it2it_ratio="same")
 
@@ -310,7 +311,7 @@ def test_swapping_the_pair_and_the_selector_gives_the_same_loss(task, whole, bat
     losses, models = [], (Mock(), Mock())
     for model, side in zip(models, (0.1, 0.9)):
         fixed = {"mix side": torch.full((5,), side), "mix r": torch.zeros(5)}
-        losses.append(mixsel(model, task, batch, lambda purpose, *shape: fixed.get(purpose, draw(purpose, *shape))))
+        losses.append(mixsel(model, task, batch, lambda purpose, *shape: fixed.get(purpose, uniform(purpose, *shape))))
     assert torch.allclose(*losses)
     for model, names in zip(models, ((sequence.LEFT, sequence.TOP), (sequence.RIGHT, sequence.BOTTOM))):
         assert sum((model.selectors == name).sum() for name in names) == 5

@@ -12,37 +12,37 @@ TEXT_SOME = torch.tensor([[False, True, True, False]])
 
 def test_layouts_as_drawn():
     """Token, position row, and the special row that a masked place adds; the caption has 3 tokens of 4 places."""
-    assert sequence.draw("t2i", SMALL, IMAGE_SOME, NOTHING, torch.tensor([3])) == """\
+    assert sequence.picture("t2i", SMALL, IMAGE_SOME, NOTHING, torch.tensor([3])) == """\
 t2i: BOT sees everything
    0  BOC       special 0
    1  BOT       special 1
-   2  y1        text 0
-   3  y2        text 1
-   4  y3        text 2
-   5  y4        text 3                  padding: nobody attends to it
+   2  y0        text 0
+   3  y1        text 1
+   4  y2        text 2
+   5  y3        text 3                  padding: nobody attends to it
    6  BOG       special 2
    7  BOI       special 3
    8  MASK_IMG  image 0    + special 0
-   9  x2        image 1
+   9  x1        image 1
   10  MASK_IMG  image 2    + special 2
   11  MASK_IMG  image 3    + special 3"""
     i2t = """\
    0  BOC       special 0
    1  BOI       special 1
-   2  x1        image 0
-   3  x2        image 1
-   4  x3        image 2
-   5  x4        image 3
+   2  x0        image 0
+   3  x1        image 1
+   4  x2        image 2
+   5  x3        image 3
    6  BOG       special 2
    7  BOT       special 3
-   8  y1        text 0
+   8  y0        text 0
    9  MASK_TXT  text 1     + special 1
   10  MASK_TXT  text 2     + special 2
-  11  y4        text 3                  padding: nobody attends to it"""
-    assert sequence.draw("i2t", SMALL, NOTHING, TEXT_SOME, torch.tensor([3])) == \
+  11  y3        text 3                  padding: nobody attends to it"""
+    assert sequence.picture("i2t", SMALL, NOTHING, TEXT_SOME, torch.tensor([3])) == \
         "i2t: BOT sees nothing after itself\n" + i2t
-    assert sequence.draw("it2it", SMALL, IMAGE_SOME, TEXT_SOME, torch.tensor([3])).splitlines()[3:7] == [
-        "   2  MASK_IMG  image 0    + special 0", "   3  x2        image 1",
+    assert sequence.picture("it2it", SMALL, IMAGE_SOME, TEXT_SOME, torch.tensor([3])).splitlines()[3:7] == [
+        "   2  MASK_IMG  image 0    + special 0", "   3  x1        image 1",
         "   4  MASK_IMG  image 2    + special 2", "   5  MASK_IMG  image 3    + special 3"]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import train
+from nanomagvlt import vqtrain
 from nanomagvlt.config import preset
 
 SMALL = """
@@ -65,14 +66,14 @@ def test_the_critic_is_trained_and_resumed_with_the_rest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = "--stage vqgan --vq-critic true --vq-critic-channels 4 --vq-critic-start 3 --vq-critic-ramp 2".split()
     whole = content(run(*flags, "--name", "a").parent / "a")
-    original = train.update_vqgan
+    original = vqtrain.update_vqgan
 
     def with_ctrl_c(*args):
         if args[-1] == 3:
             signal.raise_signal(signal.SIGINT)
         return original(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update_vqgan", with_ctrl_c)
+        patch.setattr(vqtrain, "update_vqgan", with_ctrl_c)
         with pytest.raises(SystemExit):
             run(*flags, "--name", "b")
     assert equal(whole, content(run(*flags, "--name", "b").parent / "b"))
@@ -82,22 +83,23 @@ def test_the_critic_is_trained_and_resumed_with_the_rest(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("update", [1, 3, 5])
-@pytest.mark.parametrize("stage", ["update_vqgan", "update_model"])
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(stage, update, straight, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("module, stage", [(vqtrain, "update_vqgan"), (train, "update_model")])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(module, stage, update, straight, tmp_path, monkeypatch,
+                                                              capsys):
     """Ctrl-C in the middle of an update. Six updates of batch 4 on 60 pairs: the epoch is not over either."""
     monkeypatch.chdir(tmp_path)
-    original = getattr(train, stage)
+    original = getattr(module, stage)
 
     def with_ctrl_c(*args):
         if args[-1] == update - 1:
             signal.raise_signal(signal.SIGINT)
         return original(*args)
-    monkeypatch.setattr(train, stage, with_ctrl_c)
+    monkeypatch.setattr(module, stage, with_ctrl_c)
     with pytest.raises(SystemExit) as exit:
         run()
     assert exit.value.code == 130
     assert f"at step {update}; the same command goes on" in capsys.readouterr().out
-    monkeypatch.setattr(train, stage, original)
+    monkeypatch.setattr(module, stage, original)
     resumed = content(run())
     assert f"going on at step {update}" in capsys.readouterr().out
     assert [name for name in straight if not equal(straight[name], resumed[name])] == []
@@ -198,7 +200,8 @@ def test_what_samples_is_the_moving_average_of_what_is_trained(straight, cfg, mo
 
 def test_the_vqgan_also_learns_from_joined_images():
     cfg = preset("micro", vq_images=8, vq_mixed=0.5)
-    images, pairs = train.vqgan_images(cfg), list(islice(train.pairs_of(cfg, "train", Counter()), 8))
+    pairs = list(islice(train.pairs_of(cfg, "train", Counter()), 8))
+    images = vqtrain.vqgan_images(cfg, pairs)                                                        # 8 and 4 joined
     assert images.shape == (12, 32, 32, 3) and all((a == b.image).all() for a, b in zip(images, pairs))
     assert (images[8][:16] == pairs[0].wide).all() and (images[8][16:] == pairs[1].wide).all()
     assert (images[9][:, :16] == pairs[1].tall).all() and (images[9][:, 16:] == pairs[2].tall).all()

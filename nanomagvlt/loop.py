@@ -1,0 +1,71 @@
+"""What every training loop here needs: a learning rate, an optimiser, a log, and a way to stop without loss.
+
+A loop is then flat: `while step < cfg.steps`, one update, one line in the log, a save, and a look at whether Ctrl-C
+came. Both loops, train_vqgan() in vqtrain.py and train_model() in train.py, read the same way.
+"""
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanomagvlt.config import Config
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM came, and all there is has been saved."""
+
+
+class Interrupt:
+    """Within `with Interrupt() as stop`, the first Ctrl-C or SIGTERM is a flag, stop.came, to be looked at after each
+    update; a second one ends at once."""
+
+    def __enter__(self):
+        self.came = False
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __call__(self, number, frame):
+        if self.came:
+            sys.exit(128 + number)
+        self.came = True
+        tqdm.write("stopping after this update, and saving ...")
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
+    """Linear from 0 over the warm-up, then half a cosine down to 0 at the end."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def optimizer_for(model: torch.nn.Module, cfg: Config, lr: float) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices and convolutions only, not on biases, norms, embeddings or positions."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
+    rest = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": cfg.weight_decay},
+                              {"params": rest, "weight_decay": 0.0}], lr=lr, betas=cfg.betas, fused=True)
+
+
+class Log:
+    """One JSON line a record, appended; going on from an earlier step drops the lines after it.
+
+    A last line that a crash cut short, without its newline, is one of those.
+    """
+
+    def __init__(self, path: Path, step: int):
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, **record) -> None:
+        self.file.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
