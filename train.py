@@ -27,7 +27,7 @@ from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, Parser, add_conf
 from nanomagvlt.data import (DataError, TokenCache, keyed_generator, keyed_seed, left_out, make_batch, read_pairs,
                              rows_of_step, write_cache, write_json)
 from nanomagvlt.generate import Generator, contact_sheet, pick_device
-from nanomagvlt.loop import Interrupt, Log, Stopped, learning_rate, optimizer_for
+from nanomagvlt.loop import BAR, Interrupt, Log, Stopped, learning_rate, optimizer_for
 from nanomagvlt.model import MAGVLT, num_parameters
 from nanomagvlt.objectives import loss_terms, total_loss
 from nanomagvlt.sequence import TASKS
@@ -72,7 +72,7 @@ def make_caches(cfg: Config, run: Path, vqgan: VQGAN) -> dict[str, TokenCache]:
             raise DataError(f"{folder}: no token cache there; make it with data/prepare.py")
         elif split == "train" or cfg.val_data or cfg.data.startswith("shapes:"):
             counts = Counter()
-            pairs = tqdm(pairs_of(cfg, split, counts), desc=f"cache {split}", unit="pair")
+            pairs = tqdm(pairs_of(cfg, split, counts), desc=f"cache {split}", unit="pair", **BAR)
             caches[split] = write_cache(folder, pairs, vqgan, {"vqgan": digest, "source": cfg.data},
                                         cfg.clean_captions)
             print(f"cache: {counts['good']:,} pairs -> {folder}{left_out(counts)}")
@@ -120,7 +120,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
 
     before = reference_losses(cfg)
     log, recent = Log(run / "log.jsonl", step), {}  # recent: each task's last loss terms, for the bar
-    with Interrupt() as stop, tqdm(total=cfg.steps, initial=step, desc="model", unit="step") as bar:
+    with Interrupt() as stop, tqdm(total=cfg.steps, initial=step, desc="model", unit="step", **BAR) as bar:
         while step < cfg.steps:
             task, terms, norm = update_model(model, optimizer, cfg, caches["train"], bpe, step)
             step += 1
@@ -131,7 +131,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
                 log.write(step=step, task=task, lr=optimizer.param_groups[0]["lr"], norm=norm.item(), **values)
                 recent[task] = f"{task} " + " ".join(f"{value:.3f}" for value in values.values())
                 rate = cfg.batch_size * (bar.format_dict["rate"] or 0)
-                bar.set_postfix_str(f"{', '.join(sorted(recent.values()))}, {rate:.0f} samples/s")
+                bar.set_postfix_str(f"{', '.join(sorted(recent.values()))}, {rate:.0f} samples/s", refresh=False)
             if (step % cfg.eval_every == 0 or step == cfg.steps) and "val" in caches:
                 losses = validate(averaged, cfg, caches["val"], bpe)
                 log.write(step=step, **{f"val_{name}": value for name, value in losses.items()})
@@ -226,7 +226,7 @@ def save_samples(generator: Generator, cache: TokenCache, path: Path) -> None:
     captions, chance = cache.captions(rows), keyed_generator("samples")
     drawn = generator.draw(captions, chance)
     image_tokens = cache.image_tokens(rows)
-    written, _ = generator.caption_tokens(image_tokens, chance)
+    written = generator.read_texts(*generator.write_tokens(image_tokens, chance)[:2])
     images = np.concatenate([drawn, generator.tokens_to_image(image_tokens)])
     path.parent.mkdir(exist_ok=True)
     contact_sheet(images, [f"asked: {c}" for c in captions] + [f"wrote: {c}" for c in written], columns=8).save(path)

@@ -15,6 +15,8 @@ import re
 import sys
 from dataclasses import dataclass
 
+from nanomagvlt.masking import ORDERS, SCHEDULES
+
 
 @dataclass
 class Config:
@@ -25,7 +27,7 @@ class Config:
     pairs: int = 40_000                      # pairs that a shapes cache holds; files are always read whole
     image_size: int = 32                     # pixels a side; P 256
     text_length: int = 24                    # N_T: most text tokens in a caption, its end token included; P 64
-    text_bucket: int = 24                    # T of a batch: its longest caption, rounded up to a multiple of this
+    text_bucket: int = 4                     # T of a batch: its longest caption, rounded up to a multiple of this
     # Text tokens
     bpe: str = ""                            # a merges file to use; empty: train one on the captions
     bpe_merges: int = 100                    # merges to train; vocabulary: 512 bytes + merges + 2 special; P 48,894
@@ -60,10 +62,10 @@ class Config:
     # Transformer
     layers: int = 4                          # P 24
     width: int = 128                         # D; P 1024
-    heads: int = 8                           # H; P 8
+    heads: int = 4                           # H; P 8
     dropout: float = 0.0                     # on residuals and attention; P 0.1
     init_std: float = 0.09                   # weights and positions start as N(0, init_std); P 0.02
-    position_start: str = "normal"           # positions start as noise, N(0, init_std), or as sine waves; P normal
+    position_start: str = "waves"            # positions start as noise, N(0, init_std), or as sine waves; P normal
     # Objective (eq. 6)
     task_weights: tuple[float, ...] = (2.0, 2.0, 1.0)  # how often T2I, I2T, IT2IT are drawn; P 8,1,1
     length_weight: float = 0.1               # lambda_TL; P 0.01
@@ -76,6 +78,7 @@ class Config:
     mixsel_separators: int = 2               # tokens between two mixed captions; P 1, its release 2
     it2it_ratio: str = "opposite"            # mask ratios of image and text run in opposite directions, or the same
     label_smoothing: float = 0.0             # P 0.1
+    condition_dropout: float = 0.0           # share of T2I's captions left out, which guidance needs (0.1, say); P 0
     # Optimiser
     steps: int = 12_000                      # updates; P 40,000
     batch_size: int = 16                     # pairs an update; P 4,096
@@ -84,17 +87,21 @@ class Config:
     betas: tuple[float, ...] = (0.9, 0.96)   # AdamW; P 0.9, 0.96
     weight_decay: float = 0.045              # on matrices only; P 0.045
     clip: float = 4.0                        # largest gradient norm; P 4
-    ema: float = 0.999                       # moving average of the weights, per update: what samples; 0: none
+    ema: float = 0.9995                      # moving average of the weights, per update: what samples; 0: none
     # Decoding (section 3.2), defaults of sample.py and eval.py
     image_steps: int = 10                    # K for images; P 10
     image_temperature: tuple[float, ...] = (1.4, 0.6)  # sampling temperature, first step to last
     image_top_k: int = 0                     # sample among this many likeliest tokens; 0: among all
     image_noise: tuple[float, ...] = (2.0, 0.2)  # Gumbel noise on the confidence, first step to last
+    image_order: str = "gumbel"              # kept first: gumbel (confident ones, noisily), confidence, random, halton
+    image_schedule: str = "cosine"           # gamma in decoding: cosine, linear, square; P cosine
+    guidance: float = 1.0                    # classifier-free guidance of drawings; 1: none
     text_steps: int = 24                     # K for text; P 12
     text_temperature: float = 0.1            # sampling temperature, every step
     text_top_k: int = 32                     # sample among this many likeliest tokens; 0: among all
-    text_choice: str = "least"               # places masked again: draw (by confidence, at random) or least (confident)
-    length_places: int = 16                  # text places visible, all masked, when the length is predicted; P 16
+    text_order: str = "confidence"           # as image_order; P gumbel
+    text_schedule: str = "linear"            # as image_schedule; P linear
+    length_places: int = 1                   # text places visible, all masked, when the length is predicted; P 16
     # Housekeeping
     seed: int = 0                            # same seed, same device, same result
     log_every: int = 10                      # updates between lines of log.jsonl
@@ -125,7 +132,7 @@ class Config:
         problems += [(getattr(self, name) not in names, f"{name} {getattr(self, name)!r} is none of {', '.join(names)}")
                      for name, names in CHOICES.items()]
         problems += [(not 0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)} must lie in [0, 1)")
-                     for name in ("label_smoothing", "dropout", "ema")]
+                     for name in ("label_smoothing", "dropout", "ema", "condition_dropout")]
         problems += [
             (self.image_size % (2 * patch),
              f"image_size {self.image_size} is no multiple of {2 * patch}, twice the patch that vq_multipliers make"),
@@ -171,21 +178,21 @@ class Config:
 
 # What the settings that are words may say.
 CHOICES = {"mixsel": ("off", "select", "random"), "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
-           "length_pass": ("own", "main"), "position_start": ("normal", "waves"), "text_choice": ("draw", "least")}
+           "length_pass": ("own", "main"), "position_start": ("normal", "waves"),
+           "image_order": ORDERS, "text_order": ORDERS, "image_schedule": SCHEDULES, "text_schedule": SCHEDULES}
 
 PRESETS = {
-    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=1000, steps=2000, position_start="waves",
-                  length_places=1, eval_scenes=100, eval_every=500, sample_every=1000, save_every=500,
-                  task_weights=(1.0, 1.0, 0.0)),
+    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=1000, heads=8, steps=2000, ema=0.999,
+                  task_weights=(1.0, 1.0, 0.0), eval_scenes=100, eval_every=500, sample_every=1000, save_every=500),
     "tiny": dict(),
     "base": dict(data="", image_size=256, text_length=64, text_bucket=64, bpe_merges=48_894, clean_captions=True,
                  bpe_dropout=0.1, codebook_size=16_384, codebook_dim=256, vq_channels=128,
                  vq_multipliers=(1, 1, 2, 2, 4),
                  vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32, vq_patchwise=False, layers=24,
-                 width=1024, heads=8, dropout=0.1, init_std=0.02, task_weights=(8.0, 1.0, 1.0), length_weight=0.01,
-                 length_pass="main", unroll_mask=True, mixsel="select", label_smoothing=0.1, steps=40_000,
-                 batch_size=4096, lr=4.5e-4, warmup=1000, ema=0.9999, text_steps=12,
-                 text_choice="draw"),
+                 width=1024, heads=8, dropout=0.1, init_std=0.02, position_start="normal", length_places=16,
+                 task_weights=(8.0, 1.0, 1.0), length_weight=0.01, length_pass="main", unroll_mask=True,
+                 mixsel="select", label_smoothing=0.1, steps=40_000, batch_size=4096, lr=4.5e-4, warmup=1000,
+                 ema=0.9999, text_steps=12, text_order="gumbel"),
 }
 
 PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=80_000)

@@ -1,15 +1,19 @@
 """Chapter 5 - Decoding: from all hidden to all known, in a few steps (section 3.2, figure 2).
 
-There is one loop, decode(). It knows no model and no task: it is given a canvas (tokens, some of them hidden) and a
-function from tokens to logits. Every step guesses all hidden tokens at once, then hides the least confident again,
-fewer and fewer. Images and texts differ in a Recipe, no more: an image token that was once kept is never hidden again,
-a text token may be.
+There is one loop, decode(). It knows no model and no task: it is given canvases (tokens, some of them to be filled) and
+a function that guesses what may stand in them. Every step guesses all hidden tokens at once, then hides the least
+confident again, fewer and fewer. Images and texts differ in a Recipe, no more: an image token that was once kept is
+never hidden again, a text token may be.
 
-draw_image() and write_text() are thin: another canvas each, and the caption's length, which is guessed first. They
-want a model in eval() mode.
+The tasks are thin, each another canvas:
+  draw_image    text given, image to be filled: all of it, or a region (inpainting), or a random share (variations)
+  write_text    image given, text to be filled: all of it, its length guessed first, or some words (infilling)
+  draw_pair     both to be filled, from nothing or from a part of each (appendix D)
+They want a model in eval() mode.
 
 Shapes: B batch, N places, K decoding steps, V vocabulary, T text places. Read on in vqgan.py.
 """
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,20 +21,21 @@ import torch
 from torch import Tensor
 
 from nanomagvlt import sequence
-from nanomagvlt.masking import decoding_counts, gumbel, lowest, sample
+from nanomagvlt.masking import decoding_counts, lowest, order_scores, sample
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How one modality is decoded."""
     steps: int                        # K
-    schedule: str                     # gamma: "cosine" or "linear"
+    schedule: str                     # gamma: one of masking.SCHEDULES
+    order: str                        # which places are kept first: one of masking.ORDERS
     can_remask: bool                  # may a token that was revealed be hidden again?
     temperature: tuple[float, float]  # of the sampled tokens, at the first step and at the last; > 0
-    noise: tuple[float, float]        # of the choice of places, from the first step to the last; 0: confidence alone
-    noise_favours: str                # "keeping": Gumbel noise draws the places to keep, "hiding": those to hide
+    noise: tuple[float, float]        # order "gumbel": scale, from the first step to the last; < 0 draws whom to hide
     top_k: int                        # sample among this many likeliest tokens; 0: among all
     floor: float                      # confidence is log max(p, floor), p after temperature and top-k
+    rows: int                         # rows of the grid on which the places stand; 1 for a text
 
 
 @dataclass(frozen=True)
@@ -41,93 +46,164 @@ class Step:
     confidence: Tensor  # (B, N) log p of each token when it was last sampled; 0 where it was given
 
 
+@dataclass
+class Canvas:
+    """One modality on its way from hidden to known. Places that are not to be filled are never touched."""
+    tokens: Tensor      # (B, N) long
+    to_fill: Tensor     # (B, N) bool
+    recipe: Recipe
+
+    def __post_init__(self):
+        self.is_masked = self.to_fill                                                                # (B, N)
+        self.confidence = torch.zeros(self.tokens.shape, device=self.tokens.device)                  # (B, N)
+        self.trace: list[Step] = []
+
+
 def image_recipe(cfg) -> Recipe:
     """The released code's image settings, its floor included, with the numbers of cfg."""
-    return Recipe(steps=cfg.image_steps, schedule="cosine", can_remask=False, temperature=cfg.image_temperature,
-                  noise=cfg.image_noise, noise_favours="keeping", top_k=cfg.image_top_k, floor=2.0 ** -10)
+    return Recipe(steps=cfg.image_steps, schedule=cfg.image_schedule, order=cfg.image_order, can_remask=False,
+                  temperature=cfg.image_temperature, noise=cfg.image_noise, top_k=cfg.image_top_k, floor=2.0 ** -10,
+                  rows=cfg.grid)
 
 
 def text_recipe(cfg) -> Recipe:
-    """The released code's text settings, with the numbers of cfg. text_choice "draw", which is the code's, hides places
-    drawn from softmax(-log p), "least" the least confident."""
-    noise = 1.0 if cfg.text_choice == "draw" else 0.0
-    return Recipe(steps=cfg.text_steps, schedule="linear", can_remask=True, temperature=(cfg.text_temperature,) * 2,
-                  noise=(noise,) * 2, noise_favours="hiding", top_k=cfg.text_top_k,
-                  floor=torch.finfo(torch.float32).tiny)
+    """The released code's text settings, with the numbers of cfg. In its order, "gumbel", the places to be hidden are
+    drawn from softmax(-log p)."""
+    return Recipe(steps=cfg.text_steps, schedule=cfg.text_schedule, order=cfg.text_order, can_remask=True,
+                  temperature=(cfg.text_temperature,) * 2, noise=(-1.0, -1.0), top_k=cfg.text_top_k,
+                  floor=torch.finfo(torch.float32).tiny, rows=1)
 
 
-def decode(tokens_to_logits: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, to_fill: Tensor, recipe: Recipe,
-           generator: torch.Generator) -> tuple[Tensor, list[Step]]:
-    """Fills the places of a canvas that are to be filled, in K steps; the others are never touched.
+@torch.no_grad()
+def decode(guess: Callable[[list[Canvas]], list[Tensor]], canvases: list[Canvas], generator: torch.Generator) -> None:
+    """Fills the canvases in K steps, the same K for all of them.
 
-    tokens (B, N) long, to_fill (B, N) bool; tokens_to_logits(tokens, is_masked) -> (B, N, V). Returns the tokens
-    (B, N) and every step. All randomness is drawn from the generator (a CPU one) beforehand, row after row, so the
-    first row of a batch is the single sample of the same seed.
+    guess(canvases) -> logits (B, N, V) of each, from its tokens and is_masked. All randomness is drawn from the
+    generator (a CPU one) beforehand, row after row, so the first row of a batch is the single sample of the same seed.
     Raises ValueError where an image has fewer places to fill than there are steps.
     """
-    device, k_steps = tokens.device, recipe.steps
-    counts = decoding_counts(to_fill.sum(1), k_steps, recipe.schedule, recipe.can_remask)            # (B, K)
-    temperature = torch.linspace(*recipe.temperature, k_steps, device=device)                        # (K,)
-    noise_scale = torch.linspace(*recipe.noise, k_steps, device=device)                              # (K,)
-    sign = {"keeping": 1, "hiding": -1}[recipe.noise_favours]
-    uniform = torch.rand(len(tokens), k_steps, 2, tokens.shape[1], generator=generator).to(device)   # (B, K, 2, N)
-
-    is_masked, confidence, trace = to_fill, torch.zeros(tokens.shape, device=device), []
+    batch, k_steps = len(canvases[0].tokens), canvases[0].recipe.steps
+    for canvas in canvases:
+        fewest = canvas.to_fill.sum(1).min()
+        if not canvas.recipe.can_remask and k_steps > fewest:
+            raise ValueError(f"{k_steps} decoding steps, but only {fewest} tokens to reveal: take fewer steps")
+    sizes = [k_steps * 2 * canvas.tokens.shape[1] for canvas in canvases]
+    uniform = torch.rand(batch, sum(sizes), generator=generator).to(canvases[0].tokens.device).split(sizes, dim=1)
+    uniform = [numbers.view(batch, k_steps, 2, -1) for numbers in uniform]                           # (B, K, 2, N)
     for k in range(k_steps):
-        logits = tokens_to_logits(tokens, is_masked) / temperature[k]                                # (B, N, V)
-        sampled, p = sample(logits, uniform[:, k, 0], recipe.top_k)                                  # (B, N) each
-        tokens = torch.where(is_masked, sampled, tokens)
-        confidence = torch.where(is_masked, p.clamp(min=recipe.floor).log(), confidence)
-        trace.append(Step(is_masked, tokens, confidence))
-        if k + 1 < k_steps:
-            score = confidence + sign * noise_scale[k] * gumbel(uniform[:, k, 1])                    # (B, N)
-            is_masked = lowest(score, counts[:, k + 1], to_fill if recipe.can_remask else is_masked)
-    return tokens, trace
+        for canvas, logits, numbers in zip(canvases, guess(canvases), uniform):
+            take_step(canvas, logits, k, numbers[:, k])
 
 
-@torch.no_grad()
+def take_step(canvas: Canvas, logits: Tensor, k: int, uniform: Tensor) -> None:
+    """Step k = 0 .. K-1 of one canvas: put guesses in, then hide some of them again. uniform (B, 2, N)."""
+    recipe, last = canvas.recipe, canvas.recipe.steps - 1
+    temperature, noise = (a + (b - a) * k / max(1, last) for a, b in (recipe.temperature, recipe.noise))
+    sampled, p = sample(logits / temperature, uniform[:, 0], recipe.top_k)                           # (B, N) each
+    canvas.tokens = torch.where(canvas.is_masked, sampled, canvas.tokens)
+    canvas.confidence = torch.where(canvas.is_masked, p.clamp(min=recipe.floor).log(), canvas.confidence)
+    canvas.trace.append(Step(canvas.is_masked, canvas.tokens, canvas.confidence))
+    if k < last:
+        scores = order_scores(recipe.order, canvas.confidence, noise, uniform[:, 1], recipe.rows)    # (B, N)
+        counts = decoding_counts(canvas.to_fill.sum(1), recipe.steps, recipe.schedule, recipe.can_remask)
+        canvas.is_masked = lowest(scores, counts[:, k + 1], canvas.to_fill if recipe.can_remask else canvas.is_masked)
+
+
+def blank_image(cfg, batch: int, recipe: Recipe, device) -> Canvas:
+    """An image of which nothing is known."""
+    tokens = torch.zeros(batch, cfg.image_tokens, dtype=torch.long, device=device)
+    return Canvas(tokens, torch.ones_like(tokens, dtype=torch.bool), recipe)
+
+
+def blank_text(cfg, text_lengths: Tensor, recipe: Recipe) -> Canvas:
+    """A text of which nothing but its length (B,) is known."""
+    tokens = torch.zeros(len(text_lengths), cfg.text_length, dtype=torch.long, device=text_lengths.device)
+    return Canvas(tokens, sequence.real_places(text_lengths, cfg.text_length), recipe)
+
+
 def draw_image(model, text_tokens: Tensor, text_lengths: Tensor, generator: torch.Generator,
-               recipe: Recipe | None = None) -> tuple[Tensor, list[Step]]:
-    """Image tokens (B, N) for captions text_tokens (B, T) of text_lengths (B,), and every decoding step."""
-    cfg, batch, device = model.cfg, len(text_tokens), text_tokens.device
+               canvas: Canvas | None = None, guidance: float = 1.0) -> tuple[Tensor, list[Step]]:
+    """Image tokens (B, N) for captions text_tokens (B, T) of text_lengths (B,), and every decoding step.
+
+    A canvas with some places to fill makes only these anew, in view of the others; without one all are made.
+    guidance w other than 1 is classifier-free guidance (Ho and Salimans, 2022): logits = null + w (given - null), null
+    being those under the empty caption, the end token alone; both in one pass of 2 B rows.
+    """
+    cfg = model.cfg
+    canvas = canvas or blank_image(cfg, len(text_tokens), image_recipe(cfg), text_tokens.device)
+    guided = guidance != 1
+    if guided:
+        text_tokens = torch.cat([text_tokens, torch.full_like(text_tokens, cfg.text_vocab - 1)])     # (2 B, T)
+        text_lengths = torch.cat([text_lengths, torch.ones_like(text_lengths)])                      # (2 B,)
     nothing = torch.zeros_like(text_tokens, dtype=torch.bool)
 
-    def tokens_to_logits(image_tokens: Tensor, is_masked: Tensor) -> Tensor:
-        seq = sequence.build("t2i", cfg, image_tokens, is_masked, text_tokens, nothing, text_lengths)
-        return model.image_logits(model(seq), seq.layout)
+    def guess(canvases: list[Canvas]) -> list[Tensor]:
+        tokens, is_masked = canvas.tokens, canvas.is_masked
+        if guided:
+            tokens, is_masked = torch.cat([tokens, tokens]), torch.cat([is_masked, is_masked])       # (2 B, N)
+        seq = sequence.build("t2i", cfg, tokens, is_masked, text_tokens, nothing, text_lengths)
+        logits = model.image_logits(model(seq), seq.layout)
+        if guided:
+            given, null = logits.chunk(2)
+            logits = null + guidance * (given - null)                                                # (B, N, V_I)
+        return [logits]
 
-    canvas = torch.zeros(batch, cfg.image_tokens, dtype=torch.long, device=device)
-    all_hidden = torch.ones_like(canvas, dtype=torch.bool)
-    return decode(tokens_to_logits, canvas, all_hidden, recipe or image_recipe(cfg), generator)
+    decode(guess, [canvas], generator)
+    return canvas.tokens, canvas.trace
 
 
-@torch.no_grad()
 def write_text(model, image_tokens: Tensor, generator: torch.Generator, text_lengths: Tensor | None = None,
-               recipe: Recipe | None = None) -> tuple[Tensor, Tensor, list[Step]]:
+               canvas: Canvas | None = None) -> tuple[Tensor, Tensor, list[Step]]:
     """Captions (B, T) of image_tokens (B, N), their lengths (B,), predicted if not given, and every decoding step.
 
-    T is cfg.text_length. From a caption's length on there are zeros; its end token is guessed like any other.
+    T is cfg.text_length. From a caption's length on there are zeros; its end token is guessed like any other. A canvas
+    with some places to fill (infilling) wants its text_lengths.
     """
-    cfg, device = model.cfg, image_tokens.device
+    cfg = model.cfg
     nothing = torch.zeros_like(image_tokens, dtype=torch.bool)
-    canvas = torch.zeros(len(image_tokens), cfg.text_length, dtype=torch.long, device=device)
     if text_lengths is None:
-        text_lengths = predict_length(model, image_tokens)
+        text_lengths = predict_length(model, image_tokens, nothing)
+    canvas = canvas or blank_text(cfg, text_lengths, text_recipe(cfg))
 
-    def tokens_to_logits(text_tokens: Tensor, is_masked: Tensor) -> Tensor:
-        seq = sequence.build("i2t", cfg, image_tokens, nothing, text_tokens, is_masked, text_lengths)
-        return model.text_logits(model(seq), seq.layout)
+    def guess(canvases: list[Canvas]) -> list[Tensor]:
+        seq = sequence.build("i2t", cfg, image_tokens, nothing, canvas.tokens, canvas.is_masked, text_lengths)
+        return [model.text_logits(model(seq), seq.layout)]
 
-    to_fill = sequence.real_places(text_lengths, cfg.text_length)
-    tokens, trace = decode(tokens_to_logits, canvas, to_fill, recipe or text_recipe(cfg), generator)
-    return tokens, text_lengths, trace
+    decode(guess, [canvas], generator)
+    return canvas.tokens, text_lengths, canvas.trace
+
+
+def draw_pair(model, image: Canvas, text: Canvas, text_lengths: Tensor, generator: torch.Generator,
+              keep_length: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Image and text together (appendix D): image tokens (B, N), text tokens (B, T), text lengths (B,).
+
+    text_lengths (B,) is where to begin; unless keep_length, it is read again after every step, from the image as far as
+    it is drawn. Text places that a longer text gains are masked, those that a shorter one loses are dropped. Both
+    canvases must have the same number of steps. The steps are in their traces.
+    """
+    cfg = model.cfg
+    given = ~text.to_fill & sequence.real_places(text_lengths, cfg.text_length)                      # (B, T)
+
+    def guess(canvases: list[Canvas]) -> list[Tensor]:
+        nonlocal text_lengths
+        if image.trace and not keep_length:
+            text_lengths = predict_length(model, image.tokens, image.is_masked)
+            is_real = sequence.real_places(text_lengths, cfg.text_length) & ~given
+            text.is_masked = (text.is_masked | ~text.to_fill) & is_real                              # (B, T)
+            text.to_fill = is_real
+        seq = sequence.build("it2it", cfg, image.tokens, image.is_masked, text.tokens, text.is_masked, text_lengths)
+        states = model(seq)
+        return [model.image_logits(states, seq.layout), model.text_logits(states, seq.layout)]
+
+    decode(guess, [image, text], generator)
+    return image.tokens, text.tokens, text_lengths
 
 
 @torch.no_grad()
-def predict_length(model, image_tokens: Tensor) -> Tensor:
+def predict_length(model, image_tokens: Tensor, image_is_masked: Tensor) -> Tensor:
     """The likeliest length (B,) in 1..T, end token included, of a caption for image_tokens (B, N).
 
-    It is read once, from a pass that sees nothing of a text but `length_places` masked places.
+    It is read from a pass of its own, which sees nothing of a text but `length_places` masked places.
     """
-    seq = sequence.build_for_length(model.cfg, image_tokens, torch.zeros_like(image_tokens, dtype=torch.bool))
+    seq = sequence.build_for_length(model.cfg, image_tokens, image_is_masked)
     return model.length_logits(model(seq), seq.layout).argmax(dim=-1) + 1

@@ -1,6 +1,10 @@
 """Appendix - Strings and pictures in, pictures and strings out: bpe + decode + vqgan, in batches.
 
-Also the contact sheets on which pictures and captions are looked at. Shapes: B batch, S image side, N image tokens.
+A task is a canvas: what is known of an image or of a text, and what is to be filled. draw() and caption() fill all of
+it; with tokens and to_fill they fill a part: inpainting, infilling.
+
+Also the contact sheets on which pictures and captions are looked at.
+Shapes: B batch, S image side, N image tokens on G x G, T text tokens.
 """
 import dataclasses
 import textwrap
@@ -15,6 +19,7 @@ from nanomagvlt import checkpoint, decode, published
 from nanomagvlt.bpe import BPE
 from nanomagvlt.config import Config
 from nanomagvlt.data import encode_captions, to_images, to_pixels
+from nanomagvlt.decode import Canvas, Step
 from nanomagvlt.model import MAGVLT
 from nanomagvlt.vqgan import VQGAN
 
@@ -41,32 +46,65 @@ class Generator:
         logits = max(self.cfg.image_tokens * self.cfg.codebook_size, self.cfg.text_length * self.cfg.text_vocab)
         return max(1, min(128, 2 ** 27 // logits))
 
-    @torch.inference_mode()
     def draw(self, prompts: list[str], generator: torch.Generator) -> np.ndarray:
         """One picture for each prompt: uint8 (B, S, S, 3)."""
-        pictures = []
-        for i in range(0, len(prompts), self.batch_size):
-            tokens, lengths = encode_captions(self.bpe, prompts[i:i + self.batch_size], self.cfg.text_length)
-            image_tokens, _ = decode.draw_image(self.model, tokens.to(self.device), lengths.to(self.device), generator,
-                                                decode.image_recipe(self.cfg))
-            pictures.append(to_images(self.vqgan.decode(image_tokens)))
-        return np.concatenate(pictures)
+        return self.tokens_to_image(self.draw_tokens(prompts, generator)[0])
 
     @torch.inference_mode()
+    def draw_tokens(self, prompts: list[str], generator: torch.Generator, image_tokens: torch.Tensor | None = None,
+                    to_fill: torch.Tensor | None = None) -> tuple[torch.Tensor, list[Step]]:
+        """Image tokens (B, N) for each prompt, and the steps of the first batch.
+
+        With image_tokens (B, N) and to_fill (B, N) bool only the places to fill are made anew, in no more steps than
+        there are such places.
+        """
+        drawn, trace, recipe = [], [], decode.image_recipe(self.cfg)
+        for i in range(0, len(prompts), self.batch_size):
+            rows = slice(i, i + self.batch_size)
+            tokens, lengths = (x.to(self.device)
+                               for x in encode_captions(self.bpe, prompts[rows], self.cfg.text_length))
+            canvas = decode.blank_image(self.cfg, len(tokens), recipe, self.device)
+            if image_tokens is not None:
+                fewest = max(1, int(to_fill[rows].sum(1).min()))
+                canvas = Canvas(image_tokens[rows].to(self.device), to_fill[rows].to(self.device),
+                                dataclasses.replace(recipe, steps=min(recipe.steps, fewest)))
+            done, steps = decode.draw_image(self.model, tokens, lengths, generator, canvas, self.cfg.guidance)
+            drawn.append(done)
+            trace = trace or steps
+        return torch.cat(drawn), trace
+
     def caption(self, images: np.ndarray, generator: torch.Generator) -> tuple[list[str], list[int]]:
         """A caption for each image, uint8 (B, S, S, 3), and its predicted length in tokens, end token included."""
-        return self.caption_tokens(self.image_to_tokens(images), generator)
+        text_tokens, lengths, _ = self.write_tokens(self.image_to_tokens(images), generator)
+        return self.read_texts(text_tokens, lengths), lengths.tolist()
 
     @torch.inference_mode()
-    def caption_tokens(self, image_tokens: torch.Tensor, generator: torch.Generator) -> tuple[list[str], list[int]]:
-        """As caption(), for image tokens (B, N)."""
-        captions, lengths = [], []
-        for tokens in image_tokens.split(self.batch_size):
-            text_tokens, text_lengths, _ = decode.write_text(self.model, tokens.to(self.device), generator,
-                                                                 recipe=decode.text_recipe(self.cfg))
-            lengths += text_lengths.tolist()
-            captions += [self.read_tokens(row[:n]) for row, n in zip(text_tokens.tolist(), text_lengths.tolist())]
-        return captions, lengths
+    def write_tokens(self, image_tokens: torch.Tensor, generator: torch.Generator,
+                     text_tokens: torch.Tensor | None = None, lengths: torch.Tensor | None = None,
+                     to_fill: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, list[Step]]:
+        """Text tokens (B, T) for image tokens (B, N), their lengths (B,), and the steps of the first batch.
+
+        With text_tokens (B, T), lengths (B,) and to_fill (B, T) bool only the places to fill are written.
+        """
+        written, all_lengths, trace, recipe = [], [], [], decode.text_recipe(self.cfg)
+        for i in range(0, len(image_tokens), self.batch_size):
+            rows = slice(i, i + self.batch_size)
+            image = image_tokens[rows].to(self.device)
+            if text_tokens is None:
+                n = decode.predict_length(self.model, image, torch.zeros_like(image, dtype=torch.bool))
+                canvas = decode.blank_text(self.cfg, n, recipe)
+            else:
+                n = lengths[rows].to(self.device)
+                canvas = Canvas(text_tokens[rows].to(self.device), to_fill[rows].to(self.device), recipe)
+            done, _, steps = decode.write_text(self.model, image, generator, n, canvas)
+            written.append(done)
+            all_lengths.append(n)
+            trace = trace or steps
+        return torch.cat(written), torch.cat(all_lengths), trace
+
+    def read_texts(self, text_tokens: torch.Tensor, lengths: torch.Tensor) -> list[str]:
+        """Text tokens (B, T) of lengths (B,) as strings."""
+        return [self.read_tokens(row[:n]) for row, n in zip(text_tokens.tolist(), lengths.tolist())]
 
     def read_tokens(self, ids: list[int]) -> str:
         """The words of text tokens up to the first end token."""

@@ -14,6 +14,9 @@ from tqdm import tqdm
 
 from nanomagvlt.config import Config
 
+# For tqdm: in a file, where nobody watches, a line every half minute is enough.
+BAR = {"mininterval": 0.1 if sys.stderr.isatty() else 30}
+
 
 class Stopped(Exception):
     """Ctrl-C or SIGTERM came, and all there is has been saved."""

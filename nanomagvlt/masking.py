@@ -7,7 +7,8 @@ questions that training and decoding share (sections 3.1 and 3.2 of the paper):
                                  Training draws u at random (the paper's r); decoding walks u = 0, 1/K, 2/K, ...
   how many places is that?       num_masked() in training, decoding_counts() in decoding
   which places?                  lowest(): those with the lowest score. In training the score is a random number,
-                                 in decoding it is the model's confidence, with some Gumbel noise.
+                                 in decoding it is the model's confidence, with some Gumbel noise, or another
+                                 order: ORDERS.
   what is put there?             sample(): a token drawn from the model's logits
 
 `is_masked` is True where a token is hidden from the model and is to be predicted: here and everywhere.
@@ -23,16 +24,23 @@ from torch import Tensor
 SLACK = 1e-9  # keeps rounding errors of gamma * N from adding or losing a place where the product is a whole number
 
 
+SCHEDULES = ("cosine", "linear", "square")
+ORDERS = ("gumbel", "confidence", "random", "halton")
+
+
 def gamma(u: Tensor, schedule: str) -> Tensor:
     """The share still masked at progress u in [0, 1]: exactly 1 at u = 0, exactly 0 at u = 1, falling between.
 
-    "cosine" for images: cos(pi u / 2), written as a sine so that the ends are exact; "linear" for text: 1 - u.
+    "cosine" for images: cos(pi u / 2), written as a sine so that the ends are exact; "linear" for text: 1 - u;
+    "square", for trying out: 1 - u^2, which reveals even less at first.
     """
     if schedule == "cosine":
         return torch.sin((1 - u) * (math.pi / 2))
     if schedule == "linear":
         return 1 - u
-    raise ValueError(f"no schedule {schedule!r}; there are: cosine, linear")
+    if schedule == "square":
+        return 1 - u * u
+    raise ValueError(f"no schedule {schedule!r}; there are: {', '.join(SCHEDULES)}")
 
 
 def num_masked(share: Tensor, num_places: Tensor | int, rounding: Callable[[Tensor], Tensor] = torch.ceil) -> Tensor:
@@ -49,16 +57,13 @@ def decoding_counts(num_hidden: Tensor, steps: int, schedule: str, can_remask: b
     """How many places are masked before each of the K decoding steps, of num_hidden (B,) to fill: (B, K) long.
 
     Images keep what they once kept: ceil(gamma(k/K) N), and each step keeps at least one place more.
-    Text may be masked again (can_remask): floor(gamma(k/K) N), at least 1 (the paper writes ceil, the authors'
-    code has floor).
-    Raises ValueError where there are more steps than places to reveal one by one.
+    There must be at least as many places as steps. Text may be masked again (can_remask): floor(gamma(k/K) N), at
+    least 1 (the paper writes ceil, the authors' code has floor).
     """
     share = gamma(torch.arange(steps, dtype=torch.float64) / steps, schedule).to(num_hidden.device)  # (K,)
     places = share * num_hidden[:, None]                                                             # (B, K)
     if can_remask:
         return (places + SLACK).floor().clamp(min=1).long()
-    if steps > num_hidden.min():
-        raise ValueError(f"{steps} decoding steps, but only {num_hidden.min()} tokens to reveal: take fewer steps")
     k = torch.arange(steps, device=num_hidden.device)
     counts = (places - SLACK).ceil().long()                                                          # (B, K)
     falling = (counts + k).cummin(dim=1).values - k     # below the step before by at least one, ...
@@ -73,6 +78,46 @@ def lowest(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:
     """
     rank = scores.masked_fill(~among, float("inf")).argsort(dim=1, stable=True).argsort(dim=1)       # (B, N)
     return (rank < count[:, None]) & among
+
+
+def order_scores(order: str, confidence: Tensor, noise: float, uniform: Tensor, rows: int) -> Tensor:
+    """Scores of the places in decoding, (B, N): the lowest are hidden again.
+
+    confidence (B, N) is log p of what stands there, uniform (B, N) fresh random numbers, rows the rows of the grid on
+    which the places stand (1 for a text).
+      "gumbel"      confidence + noise x Gumbel noise, the paper's: noise > 0 draws whom to keep, noise < 0 whom to hide
+      "confidence"  the least confident, outright
+      "random"      any
+      "halton"      spread evenly over the grid, the same in every picture (Besnier et al., 2025, arXiv 2503.17076)
+    """
+    if order == "gumbel":
+        return confidence + noise * gumbel(uniform)
+    if order == "confidence":
+        return confidence
+    if order == "random":
+        return uniform
+    if order == "halton":
+        return -halton_rank(rows, confidence.shape[1] // rows).to(uniform).expand_as(uniform)
+    raise ValueError(f"no order {order!r}; there are: {', '.join(ORDERS)}")
+
+
+def halton_rank(rows: int, columns: int) -> Tensor:
+    """When each place of a grid is first met by the Halton sequence of bases 2 and 3: (rows x columns,), 0 is first."""
+    rank, i = {}, 0
+    while len(rank) < rows * columns:
+        i += 1
+        rank.setdefault(int(van_der_corput(i, 3) * rows) * columns + int(van_der_corput(i, 2) * columns), len(rank))
+    return torch.tensor([rank[place] for place in range(rows * columns)])
+
+
+def van_der_corput(i: int, base: int) -> float:
+    """The digits of i > 0 mirrored at the point: 6 = 110 in base 2 -> 0.011 = 3/8. In [0, 1)."""
+    value, unit = 0.0, 1.0
+    while i:
+        unit /= base
+        i, digit = divmod(i, base)
+        value += digit * unit
+    return value
 
 
 def gumbel(uniform: Tensor) -> Tensor:

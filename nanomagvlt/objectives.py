@@ -51,7 +51,10 @@ def loss_terms(model, task: str, batch: Batch, uniform: Uniform) -> Iterator[dic
     What is yielded may be back-propagated, and let go of, before the next is asked for: then only one pass is ever in
     memory.
     """
-    cfg, text_tokens, lengths = model.cfg, batch["text_tokens"], batch["text_lengths"]
+    cfg, whole = model.cfg, batch
+    if task == "t2i" and cfg.condition_dropout:
+        batch = drop_captions(batch, uniform, cfg)
+    text_tokens, lengths = batch["text_tokens"], batch["text_lengths"]
     image_is_masked, text_is_masked = hide(task, *may_hide(task, batch), uniform, "main", cfg)
 
     seq = sequence.build(task, cfg, batch["image_tokens"], image_is_masked, text_tokens, text_is_masked, lengths)
@@ -75,7 +78,7 @@ def loss_terms(model, task: str, batch: Batch, uniform: Uniform) -> Iterator[dic
     if cfg.unroll_mask and task != "it2it":
         yield {"unroll": unroll_mask(model, task, batch, image_is_masked, text_is_masked, guessed, uniform)}
     if cfg.mixsel != "off":
-        yield {"mixsel": mixsel(model, task, batch, uniform)}
+        yield {"mixsel": mixsel(model, task, whole, uniform)}
 
 
 # ---------------------------------------------------------------------------------------------- hide, guess, compare
@@ -101,6 +104,14 @@ def hide(task: str, image_may_hide: Tensor, text_may_hide: Tensor, uniform: Unif
     num_text = num_masked(gamma(r_text, "linear"), text_may_hide.sum(1))                             # (B,)
     return (lowest(uniform(f"{purpose} image places", image_may_hide.shape[1]), num_image, image_may_hide),
             lowest(uniform(f"{purpose} text places", text_may_hide.shape[1]), num_text, text_may_hide))
+
+
+def drop_captions(batch: Batch, uniform: Uniform, cfg) -> Batch:
+    """The batch, a share cfg.condition_dropout of its captions empty: the end token alone. What such an image looks
+    like is what guidance goes away from (see draw_image() in decode.py)."""
+    drop = uniform("captions left out") < cfg.condition_dropout                                      # (B,)
+    return {**batch, "text_tokens": batch["text_tokens"].masked_fill(drop[:, None], cfg.text_vocab - 1),
+            "text_lengths": batch["text_lengths"].masked_fill(drop, 1)}
 
 
 def score(model, task: str, states: Tensor, seq: sequence.Sequence, targets: Batch) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from nanomagvlt import checkpoint, shapes
 from nanomagvlt.config import Config
 from nanomagvlt.data import Pair, keyed_generator, keyed_seed, rows_of_step, to_images, to_pixels
-from nanomagvlt.loop import Interrupt, Log, Stopped, learning_rate, optimizer_for
+from nanomagvlt.loop import BAR, Interrupt, Log, Stopped, learning_rate, optimizer_for
 from nanomagvlt.model import num_parameters
 from nanomagvlt.vqgan import VQGAN, Codebook, codebook_use
 from nanomagvlt.vqloss import Critic, Perceptual, adversary_share, critic_loss, painter_loss
@@ -35,7 +35,7 @@ def train_vqgan(cfg: Config, pairs: Iterable[Pair], path: Path, device: torch.de
     print(f"vqgan: {num_parameters(model):,} parameters on {len(images):,} images of {cfg.image_size}x{cfg.image_size}"
           + (f", going on at step {step}" if step else ""))
     log = Log(path.parent / "vqgan_log.jsonl", step)
-    with Interrupt() as stop, tqdm(total=cfg.vq_steps, initial=step, desc="vqgan", unit="step") as bar:
+    with Interrupt() as stop, tqdm(total=cfg.vq_steps, initial=step, desc="vqgan", unit="step", **BAR) as bar:
         while step < cfg.vq_steps:
             terms, codes = update_vqgan(players, cfg, images, step)
             step += 1
@@ -43,7 +43,8 @@ def train_vqgan(cfg: Config, pairs: Iterable[Pair], path: Path, device: torch.de
             if step % cfg.log_every == 0:
                 share, perplexity = codebook_use(codes, cfg.codebook_size)
                 log.write(step=step, used=share, perplexity=perplexity, **{n: t.item() for n, t in terms.items()})
-                bar.set_postfix_str(f"l1 {terms['l1'].item():.4f}, perplexity {perplexity:.1f}, {share:.0%} of codes")
+                bar.set_postfix_str(f"l1 {terms['l1'].item():.4f}, perplexity {perplexity:.1f}, {share:.0%} of codes",
+                                    refresh=False)
             if step % cfg.save_every == 0 or step == cfg.vq_steps or stop.came:
                 checkpoint.save(path, "vqgan", cfg, step=step, **players.state())
             if stop.came and step < cfg.vq_steps:

@@ -1,13 +1,17 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanomagvlt.config import Config, preset
-from nanomagvlt.decode import Recipe, decode, draw_image, image_recipe, predict_length, text_recipe, write_text
-from nanomagvlt.masking import decoding_counts, sample
+from nanomagvlt.decode import (Canvas, Recipe, blank_image, blank_text, decode, draw_image, draw_pair, image_recipe,
+                               predict_length, text_recipe, write_text)
+from nanomagvlt.masking import ORDERS, decoding_counts, sample
+from nanomagvlt.sequence import real_places
 
-IMAGE, TEXT = image_recipe(Config()), text_recipe(Config(text_choice="draw"))
+IMAGE, TEXT = image_recipe(Config()), text_recipe(Config(text_order="gumbel"))
 V = 9
 
 
@@ -33,11 +37,13 @@ def canvas(rows=4, n=16, share=0.7):
 
 
 def run(model, tokens, to_fill, recipe, seed=0):
-    return decode(model, tokens, to_fill, recipe, torch.Generator().manual_seed(seed))
+    one = Canvas(tokens, to_fill, recipe)
+    decode(lambda canvases: [model(one.tokens, one.is_masked)], [one], torch.Generator().manual_seed(seed))
+    return one.tokens, one.trace
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
-    return Recipe(**{**vars(recipe), "steps": steps})
+    return replace(recipe, steps=steps)
 
 
 @pytest.mark.parametrize("recipe", [IMAGE, TEXT], ids=["image", "text"])
@@ -94,7 +100,7 @@ def test_without_noise_the_most_confident_are_kept():
     logits = torch.zeros(1, 16, V)
     logits[0, :, 4] = torch.linspace(14, 7, 16)
     for recipe in (IMAGE, TEXT):
-        still = Recipe(**{**vars(recipe), "steps": 4, "noise": (0.0, 0.0), "temperature": (1.0, 1.0)})
+        still = replace(recipe, steps=4, order="confidence", temperature=(1.0, 1.0))
         _, trace = run(lambda tokens, is_masked: logits, torch.zeros(1, 16, dtype=torch.long),
                        torch.ones(1, 16, dtype=torch.bool), still)
         for step in trace[1:]:
@@ -106,7 +112,7 @@ def test_text_places_are_hidden_in_proportion_to_their_doubt():
     """SPEC 7: the places to mask again are drawn with weights softmax(-log p) = (1/p) / sum(1/p)."""
     p = torch.tensor([0.9, 0.6, 0.3])
     logits = torch.stack([torch.tensor([q, 1 - q, 1e-30]).log() for q in p]).expand(20_000, 3, 3)
-    recipe = Recipe(**{**vars(TEXT), "steps": 2, "temperature": (1.0, 1.0)})
+    recipe = replace(TEXT, steps=2, temperature=(1.0, 1.0))
     _, trace = run(lambda tokens, is_masked: logits, torch.zeros(20_000, 3, dtype=torch.long),
                    torch.ones(20_000, 3, dtype=torch.bool), recipe)
     chosen_p = trace[0].confidence.exp()                                                          # (M, 3)
@@ -134,19 +140,95 @@ def test_images_and_captions_of_a_real_model(cfg, model, batch):
     assert image_tokens.shape == (5, cfg.image_tokens) and len(trace) == cfg.image_steps
     assert (0 <= image_tokens).all() and (image_tokens < cfg.codebook_size).all()
     text_tokens, lengths, trace = write_text(model, image_tokens, torch.Generator().manual_seed(0))
-    assert torch.equal(lengths, predict_length(model, image_tokens))
+    assert torch.equal(lengths, predict_length(model, image_tokens, torch.zeros_like(image_tokens, dtype=torch.bool)))
     assert ((1 <= lengths) & (lengths <= cfg.text_length)).all()
     assert (0 <= text_tokens).all() and (text_tokens < cfg.text_vocab).all() and len(trace) == cfg.text_steps
     given = torch.tensor([1, 2, 3, 4, 6])
     assert torch.equal(write_text(model, image_tokens, torch.Generator().manual_seed(0), given)[1], given)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("recipe", [IMAGE, TEXT], ids=["image", "text"])
+def test_every_order_fills_all_and_touches_nothing_else(recipe, order):
+    tokens, to_fill = canvas()
+    filled, trace = run(unsure(), tokens, to_fill, replace(recipe, order=order, steps=5))
+    assert torch.equal(filled[~to_fill], tokens[~to_fill])
+    assert torch.stack([step.is_masked for step in trace]).any(0).equal(to_fill)
+
+
+def test_an_image_all_of_which_is_to_be_made_anew_is_a_new_image(model, batch):
+    """Inpainting is drawing: what is hidden does not matter, what is known stays, and is seen."""
+    text, chance = (batch["text_tokens"], batch["text_lengths"]), torch.Generator
+    drawn, _ = draw_image(model, *text, chance().manual_seed(0))
+    all_hidden = blank_image(model.cfg, 5, image_recipe(model.cfg), "cpu")
+    all_hidden.tokens = batch["image_tokens"]
+    assert torch.equal(draw_image(model, *text, chance().manual_seed(0), all_hidden)[0], drawn)
+    half = torch.arange(model.cfg.image_tokens) % 2 == 0
+    recipe = replace(image_recipe(model.cfg), steps=2)
+    painted, _ = draw_image(model, *text, chance().manual_seed(0),
+                            Canvas(batch["image_tokens"], half.expand(5, -1), recipe))
+    assert torch.equal(painted[:, ~half], batch["image_tokens"][:, ~half])
+    assert not torch.equal(painted[:, half], drawn[:, half])
+
+
+def test_given_words_stay(model, batch):
+    lengths = batch["text_lengths"]
+    to_fill = real_places(lengths, model.cfg.text_length) & (torch.arange(model.cfg.text_length) % 2 == 0)
+    written, same, _ = write_text(model, batch["image_tokens"], torch.Generator().manual_seed(0), lengths,
+                                  Canvas(batch["text_tokens"], to_fill, text_recipe(model.cfg)))
+    assert torch.equal(written[~to_fill], batch["text_tokens"][~to_fill]) and torch.equal(same, lengths)
+    assert not torch.equal(written, batch["text_tokens"])
+
+
+def test_guidance_of_one_is_none_and_more_goes_away_from_the_empty_caption(model, batch):
+    def draw(guidance, tokens=batch["text_tokens"], lengths=batch["text_lengths"]):
+        return draw_image(model, tokens, lengths, torch.Generator().manual_seed(0), guidance=guidance)[0]
+    assert torch.equal(draw(1.0), draw_image(model, batch["text_tokens"], batch["text_lengths"],
+                                             torch.Generator().manual_seed(0))[0])
+    empty = torch.full_like(batch["text_tokens"], model.cfg.text_vocab - 1), torch.ones_like(batch["text_lengths"])
+    assert torch.equal(draw(0.0), draw(1.0, *empty))     # all null, none of what is given
+    assert torch.equal(draw(5.0, *empty), draw(1.0, *empty))
+    assert not torch.equal(draw(5.0), draw(1.0))
+
+
+def test_a_pair_is_drawn_together_its_length_read_again(cfg, model, batch, monkeypatch):
+    """The length first grows from 3 to 6, then falls to 2: new places are masked and filled, lost ones are dropped."""
+    said = iter([6, 6, 2])
+    monkeypatch.setattr("nanomagvlt.decode.predict_length",
+                        lambda model, tokens, is_masked: torch.full((5,), next(said)))
+    image = blank_image(cfg, 5, replace(image_recipe(cfg), steps=4), "cpu")
+    start = torch.full((5,), 3)
+    text = blank_text(cfg, start, replace(text_recipe(cfg), steps=4))
+    _, _, lengths = draw_pair(model, image, text, start, torch.Generator().manual_seed(0))
+    seen = [step.is_masked[0].tolist() for step in text.trace]
+    assert seen[0][:4] == [True] * 3 + [False] and seen[1][3:6] == [True] * 3
+    assert not any(any(row[2:]) for row in seen[3:]) and lengths.tolist() == [2] * 5
+    assert len(image.trace) == 4 and (image.tokens < cfg.codebook_size).all()
+    with pytest.raises(StopIteration):
+        next(said)
+
+
+def test_of_a_pair_what_is_given_stays(cfg, model, batch):
+    lengths = batch["text_lengths"]
+    halves = [torch.arange(n) % 2 == 0 for n in (cfg.image_tokens, cfg.text_length)]
+    image = Canvas(batch["image_tokens"], halves[0].expand(5, -1), replace(image_recipe(cfg), steps=2))
+    text = Canvas(batch["text_tokens"], halves[1] & real_places(lengths, cfg.text_length),
+                  replace(text_recipe(cfg), steps=2))
+    known = batch["text_tokens"].clone(), ~text.to_fill & real_places(lengths, cfg.text_length)
+    for keep_length in (True, False):
+        image_tokens, text_tokens, _ = draw_pair(model, image, text, lengths, torch.Generator().manual_seed(0),
+                                                 keep_length)
+        assert torch.equal(image_tokens[:, ~halves[0]], batch["image_tokens"][:, ~halves[0]])
+        assert torch.equal(text_tokens[known[1]], known[0][known[1]])
+        image, text = (Canvas(c.tokens, c.to_fill, c.recipe) for c in (image, text))
+
+
 def test_decoding_rules_are_those_of_the_release():
-    assert image_recipe(preset("base")) == Recipe(10, "cosine", False, (1.4, 0.6), (2.0, 0.2), "keeping", 0, 2 ** -10)
-    assert vars(text_recipe(preset("large"))) | {"floor": 0} == vars(Recipe(12, "linear", True, (0.1, 0.1), (1.0, 1.0),
-                                                                           "hiding", 32, 0))
-    least = text_recipe(preset("base", text_choice="least"))
-    assert least.noise == (0.0, 0.0) and preset("base").length_places == 16
+    assert image_recipe(preset("base")) == Recipe(10, "cosine", "gumbel", False, (1.4, 0.6), (2.0, 0.2), 0, 2 ** -10,
+                                                  16)
+    assert replace(text_recipe(preset("large")), floor=0) == Recipe(12, "linear", "gumbel", True, (0.1, 0.1),
+                                                                    (-1.0, -1.0), 32, 0, 1)
+    assert preset("base").length_places == 16
 
 
 def test_temperature_at_both_ends_and_the_floor_of_confidence():

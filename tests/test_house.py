@@ -9,12 +9,12 @@ PACKAGE = {path.stem: path for path in (ROOT / "nanomagvlt").glob("[!_]*.py")}
 FILES = [*PACKAGE.values(), *ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
 
 MAY_IMPORT = {
-    "config": "", "masking": "", "bpe": "", "shapes": "", "vqloss": "",
+    "config": "masking", "masking": "", "bpe": "", "shapes": "", "vqloss": "",
     "sequence": "config", "vqgan": "config", "model": "config sequence",
     "objectives": "sequence masking", "decode": "sequence masking",
     "data": "bpe shapes", "checkpoint": "bpe config model vqgan",
     "metrics": "shapes data", "published": "bpe checkpoint config model vqgan",
-    "loop": "config", "vqtrain": "checkpoint config data loop model shapes vqgan vqloss",
+    "clip": "bpe", "loop": "config", "vqtrain": "checkpoint config data loop model shapes vqgan vqloss",
     "generate": "bpe checkpoint config data decode model published vqgan",
 }
 

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from nanomagvlt.masking import decoding_counts, gamma, gumbel, lowest, num_masked
+from nanomagvlt.masking import SCHEDULES, decoding_counts, gamma, gumbel, halton_rank, lowest, num_masked, order_scores
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gamma_falls_from_exactly_one_to_exactly_zero(schedule, dtype):
     share = gamma(torch.linspace(0, 1, 1001, dtype=dtype), schedule)
@@ -18,8 +18,8 @@ def test_gamma_is_the_papers():
     u = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(gamma(u, "cosine"), torch.cos(u * math.pi / 2), atol=1e-15)
     assert torch.equal(gamma(u, "linear"), 1 - u)
-    with pytest.raises(ValueError, match="square"):
-        gamma(u, "square")
+    with pytest.raises(ValueError, match="triangle"):
+        gamma(u, "triangle")
 
 
 def test_num_masked_is_the_ceiling_between_one_and_all():
@@ -48,13 +48,11 @@ def test_decoding_counts_are_those_of_the_released_code():
 
 def test_every_step_reveals_at_least_one_image_token():
     n = torch.arange(1, 65)
-    for schedule in ("cosine", "linear"):
+    for schedule in SCHEDULES:
         for steps in range(1, 65):
             enough = n[n >= steps]
             counts = decoding_counts(enough, steps, schedule, False)
             assert (counts[:, 0] == enough).all() and (counts[:, -1] >= 1).all() and (counts.diff(dim=1) < 0).all()
-    with pytest.raises(ValueError, match="17 decoding steps, but only 16"):
-        decoding_counts(torch.tensor([64, 16]), 17, "cosine", False)
 
 
 def test_lowest_takes_exactly_that_many_and_only_where_it_may():
@@ -82,3 +80,22 @@ def test_gumbel_top_draws_in_proportion():
     first = (p.log() + gumbel(uniform)).argmax(1).bincount(minlength=3) / 40_000
     assert torch.allclose(first, p, atol=0.01)
     assert gumbel(torch.tensor([0.0, 1.0 - 2 ** -24])).isfinite().all()
+
+
+def test_halton_meets_every_place_once_and_spreads():
+    """In any square of four columns by three rows, whose sides are powers of the bases, 12 points in a row meet all."""
+    for rows, columns in ((4, 4), (3, 4), (16, 16), (1, 24)):
+        assert sorted(halton_rank(rows, columns).tolist()) == list(range(rows * columns))
+    assert halton_rank(1, 8).tolist() == [7, 3, 1, 5, 0, 4, 2, 6]  # 1/2, 1/4, 3/4, 1/8, ... and 0 (8 / 16) last
+    rank = halton_rank(9, 8).view(3, 3, 4, 2)                                                   # cells of 3 x 2 places
+    assert ((rank < 12).sum(dim=(1, 3)) == 1).all()
+
+
+def test_orders():
+    confidence, uniform = torch.randn(3, 16).log_softmax(1), torch.rand(3, 16)
+    assert order_scores("confidence", confidence, 1.0, uniform, 4) is confidence
+    assert order_scores("random", confidence, 1.0, uniform, 4) is uniform
+    assert torch.equal(order_scores("gumbel", confidence, 0.0, uniform, 4), confidence)
+    assert torch.equal(order_scores("halton", confidence, 1.0, uniform, 4)[2], -halton_rank(4, 4).float())
+    with pytest.raises(ValueError, match="alphabetical"):
+        order_scores("alphabetical", confidence, 1.0, uniform, 4)
