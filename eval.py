@@ -1,6 +1,8 @@
 """Measures a trained MAGVLT: python eval.py scenes
 
   scenes    on unseen scenes of the small world: are drawings and captions exactly right? (default)
+  edit      whole objects hidden and inpainted, whole noun phrases hidden and infilled
+  sweep     how right drawings and captions are, against decoding steps and order
   bpe       how fast captions are encoded, beside CLIP's own algorithm: python eval.py bpe --captions FILE
 """
 import html
@@ -17,25 +19,64 @@ import ftfy
 from nanomagvlt import checkpoint, metrics, published, shapes
 from nanomagvlt.bpe import BPE, BYTE_TO_SYMBOL, CLIP_WORDS, to_symbols
 from nanomagvlt.config import Parser
-from nanomagvlt.generate import load_generator
+from nanomagvlt.generate import Generator, load_generator
+from nanomagvlt.masking import ORDERS
 
 
 def scenes(args) -> None:
     """T2I and I2T exact, single facts, length, and reconstruction (T2I's ceiling), each with its 95% interval."""
+    generator, level = small_world(args)
+    results = metrics.evaluate_scenes(generator, level, args.num_scenes, args.phrasings, args.seed)
+    print(metrics.scene_table(results))
+    save(args, metrics.as_json(results))
+
+
+def edit(args) -> None:
+    """Inpainting and infilling, beside the same without the other modality, and beside T2I and I2T."""
+    generator, level = small_world(args)
+    results = metrics.evaluate_editing(generator, level, args.num_scenes, args.phrasings, args.seed)
+    whole = metrics.evaluate_scenes(generator, level, args.num_scenes, args.phrasings, args.seed)
+    results |= {"t2i": whole["t2i_exact"], "i2t": whole["i2t_exact"]}
+    print(f"{results['scenes']} unseen scenes, {results['phrasings']} phrasings each; exact, 95% intervals over scenes")
+    for name, what in (("inpainted", "an object inpainted"), ("inpainted_without", "  the prompt withheld"),
+                       ("t2i", "  all drawn (T2I)"), ("infilled", "a noun phrase infilled"),
+                       ("infilled_without", "  the image withheld"), ("i2t", "  all written (I2T)")):
+        print(f"{what:26}{results[name]}")
+    save(args, metrics.as_json(results))
+
+
+def sweep(args) -> None:
+    """Exact accuracy of drawings and captions for several numbers of steps and every order of revealing."""
+    generator, level = small_world(args)
+    steps, table = (1, 2, 4, 8, 12, 16), []
+    print(f"{'order':12}{'':8}" + "".join(f"K = {k:<6}" for k in steps))
+    for order in ORDERS:
+        rows = [metrics.evaluate_scenes(
+                    generator.with_settings(image_order=order, text_order=order, image_steps=k, text_steps=k),
+                    level, args.num_scenes, args.phrasings, args.seed) for k in steps]
+        for task in ("t2i", "i2t"):
+            print(f"{order:12}{task:8}" + "".join(f"{row[f'{task}_exact'].value:<10.3f}" for row in rows))
+        table += [{"order": order, "steps": k, "t2i": row["t2i_exact"].value, "i2t": row["i2t_exact"].value}
+                  for k, row in zip(steps, rows)]
+    save(args, table)
+
+
+def small_world(args) -> tuple[Generator, shapes.Level]:
+    """The checkpoint and the world it was trained in. Raises ValueError where right and wrong cannot be told."""
     path = args.checkpoint or checkpoint.newest()
     generator = load_generator(path, args.device)
     source = generator.cfg.data
     if not source.startswith("shapes:"):
         raise ValueError(f"{path} was trained on {source}, where right and wrong cannot be told exactly: "
-                         "scenes wants shapes")
+                         f"{args.what} wants shapes")
     print(f"{path} on {generator.device}: {source}")
-    started = time.monotonic()
-    results = metrics.evaluate_scenes(generator, shapes.get_level(source.removeprefix("shapes:")),
-                                      args.num_scenes, args.phrasings, args.seed)
-    print(metrics.scene_table(results))
-    print(f"{time.monotonic() - started:.0f} s")
+    return generator, shapes.get_level(source.removeprefix("shapes:"))
+
+
+def save(args, results) -> None:
+    """Writes what was measured, if --out says where."""
     if args.out:
-        args.out.write_text(json.dumps(metrics.as_json(results), indent=1) + "\n")
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
         print(f"-> {args.out}")
 
 
@@ -93,7 +134,7 @@ def bpe(args) -> None:
               "same ids")
 
 
-WHAT = {"scenes": scenes, "bpe": bpe}
+WHAT = {"scenes": scenes, "edit": edit, "sweep": sweep, "bpe": bpe}
 
 
 def main(argv: list[str] | None = None) -> None:

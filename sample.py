@@ -1,84 +1,286 @@
-"""Draws prompts and captions images with a trained MAGVLT.
+"""Draws, captions and fills in with a trained MAGVLT. What is wanted follows from what is given.
 
-  python sample.py --prompt "a red circle above a blue square"    draws it, several times
-  python sample.py --image photo.png                              captions it, several times
+  python sample.py --prompt "a red circle above a blue square"           draws it, several times
+  python sample.py --image photo.png                                     captions it, several times
+  python sample.py --image photo.png --prompt "a blue square"            makes the centre anew (inpainting), or
+      --region 0,0,16,16 or --mask FILE.png or --keep 0.5                this box, what is white, half of the tokens
+  python sample.py --image photo.png --text "a [MASK] circle [MASK:3]"   fills in the missing tokens (infilling)
+  python sample.py --together                                            an image and its caption from nothing, or from
+                                                                         --image with a region, or --text with [MASK]
 """
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from nanomagvlt import checkpoint, published
-from nanomagvlt.bpe import clean_written
+from nanomagvlt import checkpoint, clip, decode, edit, published, sequence, shapes, watch
+from nanomagvlt.bpe import BPE, clean_written
 from nanomagvlt.config import Parser
-from nanomagvlt.data import BadSample, keyed_generator, open_image, square
-from nanomagvlt.generate import contact_sheet, load_generator
+from nanomagvlt.data import BadSample, encode_captions, keyed_generator, open_image, square
+from nanomagvlt.generate import Generator, contact_sheet, load_generator
+from nanomagvlt.masking import ORDERS, SCHEDULES
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="sample.py", description=__doc__)
     parser.add_argument("--prompt", help="what to draw")
-    parser.add_argument("--image", type=Path, help="an image file to caption")
+    parser.add_argument("--image", type=Path, help="an image file to caption or to change")
+    parser.add_argument("--text", help="a caption with [MASK] where a token is missing, [MASK:3] for three")
+    parser.add_argument("--together", action="store_true", help="draw an image and write its caption at once")
     parser.add_argument("--checkpoint", type=Path, help="a last.pt or best.pt (default: the newest runs/*/last.pt)")
     parser.add_argument("--num-samples", type=int, default=8, help="how many pictures or captions (default 8)")
-    parser.add_argument("--steps", type=int, help="decoding steps K (default: the checkpoint's)")
-    parser.add_argument("--temperature", type=float,
-                        help="sampling temperature at every step (default: the checkpoint's)")
-    parser.add_argument("--top-k", type=int,
-                        help="sample among this many likeliest tokens; 0: all (default: the checkpoint's)")
-    parser.add_argument("--clean", action="store_true",
-                        help="captions end at the first full stop and repeat no word, as in the authors' release")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same device, same result (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the PNG to write (default samples.png)")
-    group = parser.add_argument_group("for the authors' published checkpoints")
+    parser.add_argument("--clean", action="store_true",
+                        help="captions end at the first full stop and repeat no word, as in the authors' release")
+    group = parser.add_argument_group("what of --image is made anew (default: the middle of its rows and columns)")
+    group.add_argument("--region", type=box, help="a box x0,y0,x1,y1 in its pixels")
+    group.add_argument("--mask", type=Path, help="an image file of its size, white where it is made anew")
+    group.add_argument("--keep", type=float, help="a random share of tokens to keep, in [0, 1)")
+    group.add_argument("--blend", action="store_true", help="blend the edges of the old and the new")
+    group = parser.add_argument_group("how to decode (defaults: the checkpoint's)")
+    group.add_argument("--steps", type=int, help="decoding steps K")
+    group.add_argument("--temperature", type=float, help="sampling temperature at every step")
+    group.add_argument("--top-k", type=int, help="sample among this many likeliest tokens; 0: all")
+    group.add_argument("--order", choices=ORDERS, help="which places are kept first")
+    group.add_argument("--schedule", choices=SCHEDULES, help="gamma: the share still masked")
+    group.add_argument("--guidance", type=float, help="classifier-free guidance of drawings; 1: none")
+    group = parser.add_argument_group("choosing and watching")
+    group.add_argument("--candidates", type=int, help="make so many, and keep the best --num-samples of them")
+    group.add_argument("--clip", type=Path, help="OpenAI's ViT-B-32.pt, which chooses")
+    group.add_argument("--judge", action="store_true", help="in the world of shapes: the exact judge chooses")
+    group.add_argument("--trace", action="store_true", help="write every step: OUT-steps.png and .gif, or a table")
+    group.add_argument("--attention", metavar="WORD", help="write where the image looks at a word: OUT-attention.png")
+    group = parser.add_argument_group("for the authors' published checkpoints, and for --clip")
     group.add_argument("--bpe", type=Path, default=published.CLIP_BPE,
                        help="CLIP's merges (default: where data/download.py puts them)")
     group.add_argument("--heads", type=int, default=0, help="attention heads (default: width / 128)")
     group.add_argument("--sha256", default="", help="refuse a file that has another digest")
     args = parser.parse(argv)
-    if (args.prompt is None) == (args.image is None):
-        parser.error('give either --prompt "..." to draw or --image FILE to caption')
-    if args.num_samples < 1:
-        parser.error(f"--num-samples {args.num_samples}: must be at least 1")
+    for is_wrong, message in nonsense(args):
+        if is_wrong:
+            parser.error(message)
     try:
         sample(args)
     except BadSample as reason:
-        parser.error(f"{args.image}: {reason}; give a JPEG, PNG, WebP, GIF or BMP file")
+        parser.error(f"{reason}; give a JPEG, PNG, WebP, GIF or BMP file")
     except ValueError as error:  # a checkpoint or a setting that cannot be used
         parser.error(str(error))
     except OSError as error:
         parser.error(f"{error.filename or args.out}: {error.strerror or error}")
 
 
+def box(text: str) -> tuple[int, ...]:
+    """"0,0,16,16" -> (0, 0, 16, 16)."""
+    numbers = tuple(map(int, text.split(",")))
+    if len(numbers) != 4:
+        raise ValueError(text)
+    return numbers
+
+
+def nonsense(args) -> list[tuple[bool, str]]:
+    """What does not go together, with what to do instead."""
+    draws = args.prompt is not None
+    part = [f"--{name}" for name in ("region", "mask", "keep") if getattr(args, name) is not None]
+    chooses = [f"--{name}" for name in ("clip", "judge") if getattr(args, name)]
+    return [
+        (not (draws or args.image or args.text is not None or args.together),
+         'give --prompt "..." to draw, --image FILE to caption, or see --help for more'),
+        (draws and args.text is not None, "--prompt is what to draw, --text what to fill in: give one of them"),
+        (args.together and draws, "--together writes its own text: leave --prompt out, or give --text with [MASK]"),
+        (args.text is not None and not (args.image or args.together),
+         "--text wants the --image that it describes, or --together to draw one"),
+        (len(part) > 1, f"{' and '.join(part)}: give one of them"),
+        (bool(part) and not args.image, f"{''.join(part[:1])} says what of an --image is made anew: give one"),
+        (bool(part) and not (draws or args.together),
+         f'{"".join(part[:1])} wants --prompt "...", what is to be seen then, or --together'),
+        (args.keep is not None and not 0 <= args.keep < 1, f"--keep {args.keep}: must lie in [0, 1)"),
+        (args.blend and not (args.image and draws), "--blend wants an --image and a --prompt"),
+        (args.guidance is not None and not draws, "--guidance is for drawings: give --prompt"),
+        (args.attention is not None and not draws, "--attention shows what drawings look at: give --prompt"),
+        (args.candidates is not None and args.candidates < args.num_samples,
+         f"--candidates {args.candidates}: must be at least --num-samples {args.num_samples}"),
+        (args.candidates is not None and len(chooses) != 1, "--candidates wants who chooses: --clip FILE or --judge"),
+        (args.candidates is None and bool(chooses), f"{''.join(chooses[:1])} chooses among --candidates: give them"),
+        (args.candidates is not None and (args.together or args.text is not None),
+         "--candidates is for drawings and captions"),
+        (args.num_samples < 1, f"--num-samples {args.num_samples}: must be at least 1"),
+    ]
+
+
 def sample(args) -> None:
     """Does what main() has understood. Raises ValueError, OSError or BadSample before anything is written."""
     path = args.checkpoint or checkpoint.newest()
     generator = load_generator(path, args.device, args.bpe, args.heads, args.sha256)
-    given = {"steps": args.steps, "temperature": args.temperature, "top_k": args.top_k}
-    if args.prompt is not None and args.temperature is not None:
-        given["temperature"] = (args.temperature, args.temperature)
-    modality = "text" if args.prompt is None else "image"
-    generator = generator.with_settings(**{f"{modality}_{k}": v for k, v in given.items() if v is not None})
+    if args.guidance not in (None, 1) and not generator.cfg.condition_dropout:
+        raise ValueError(f"--guidance {args.guidance}: {path} was trained without --condition-dropout, so it does not "
+                         "know what a picture of nothing in particular looks like")
+    generator = generator.with_settings(**decoding_settings(args))
+    chooser = read_chooser(args, generator)
     chance = keyed_generator("sample", args.seed)
     print(f"{path} on {generator.device}")
-
-    if args.prompt is not None:
-        started, most = time.monotonic(), generator.cfg.text_length
-        if len(generator.bpe.encode(args.prompt)) > most:
-            print(f"the prompt is longer than {most} tokens: only the first {most} are read")
-        pictures = generator.draw([args.prompt] * args.num_samples, chance)
-        seconds = (time.monotonic() - started) / args.num_samples
-        sheet = contact_sheet(pictures, [""] * len(pictures)) if len(pictures) > 1 else Image.fromarray(pictures[0])
-        sheet.save(args.out, format="PNG")
-        print(f"{args.num_samples} x {args.prompt!r} -> {args.out} ({seconds:.2f} s a picture)")
+    if args.together:
+        make_pairs(args, generator, chance)
+    elif args.prompt is not None:
+        make_pictures(args, generator, chance, chooser)
     else:
-        image = square(open_image(args.image.read_bytes()), generator.cfg.image_size)
-        captions, _ = generator.caption(np.stack([image] * args.num_samples), chance)
-        for caption in map(clean_written, captions) if args.clean else captions:
-            # A model may write any bytes: none of them is to steer the terminal.
-            print("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in caption))
+        make_captions(args, generator, chance, chooser)
+
+
+def decoding_settings(args) -> dict:
+    """The flags that were given, as fields of Config."""
+    given = {"steps": args.steps, "top_k": args.top_k, "order": args.order, "schedule": args.schedule}
+    given = {name: value for name, value in given.items() if value is not None}
+    modalities = ("image", "text") if args.together else ("image",) if args.prompt is not None else ("text",)
+    settings = {f"{modality}_{name}": value for name, value in given.items() for modality in modalities}
+    if args.temperature is not None and (args.together or args.prompt is not None):
+        settings["image_temperature"] = (args.temperature, args.temperature)
+    if args.temperature is not None and args.prompt is None:
+        settings["text_temperature"] = args.temperature
+    return settings if args.guidance is None else {**settings, "guidance": args.guidance}
+
+
+def read_chooser(args, generator: Generator):
+    """The function that says how well pictures (B, S, S, 3) and texts go together, (B,), or None."""
+    if args.judge and not generator.cfg.data.startswith("shapes:"):
+        raise ValueError("--judge judges shapes only: give --clip FILE")
+    if args.judge:
+        level = shapes.get_level(generator.cfg.data.removeprefix("shapes:"))
+
+        def judge(pictures: np.ndarray, texts: list[str]) -> np.ndarray:
+            readings = shapes.read_images(pictures, level)
+            verdicts = [shapes.judge(shapes.parse(text), reading.scene) for text, reading in zip(texts, readings)]
+            return np.array([v.right / max(1, v.total) + (v.exact and reading.is_clean)
+                             for v, reading in zip(verdicts, readings)])
+        return judge
+    if args.clip:
+        model, bpe = clip.load_clip(args.clip).to(generator.device), BPE.load(args.bpe)
+
+        @torch.inference_mode()
+        def cosine(pictures: np.ndarray, texts: list[str]) -> np.ndarray:
+            pixels = clip.preprocess(pictures, model.resolution).to(generator.device)
+            tokens = clip.tokenize(bpe, texts, model.context_length).to(generator.device)
+            return model.similarity(model.encode_image(pixels), model.encode_text(tokens)).diagonal().cpu().numpy()
+        return cosine
+
+
+def read_image(path: Path) -> Image.Image:
+    try:
+        return open_image(path.read_bytes())
+    except BadSample as reason:
+        raise BadSample(f"{path}: {reason}") from None
+
+
+def places_to_fill(args, count: int, generator: Generator, image: Image.Image,
+                   chance: torch.Generator) -> torch.Tensor:
+    """Which image tokens are made anew, (count, N) bool. Raises ValueError."""
+    cfg = generator.cfg
+    if args.keep is not None:
+        return edit.random_places(cfg.image_tokens, 1 - args.keep, count, chance)
+    places = edit.centre_places(cfg.grid)
+    if args.region:
+        places = edit.mask_to_places(edit.region(image.size, args.region), cfg.image_size, cfg.grid)
+    if args.mask:
+        mask = read_image(args.mask)
+        if mask.size != image.size:
+            raise ValueError(f"{args.mask} is {mask.size[0]} x {mask.size[1]} pixels, {args.image} "
+                             f"{image.size[0]} x {image.size[1]}: they must have one size")
+        places = edit.mask_to_places(mask, cfg.image_size, cfg.grid)
+    if not places.any():
+        raise ValueError("nothing is to be made anew: the mask has no white within the square that is read")
+    return places.expand(count, -1)
+
+
+def make_pictures(args, generator: Generator, chance: torch.Generator, chooser) -> None:
+    """Draws the prompt or, in a given image, a part of it."""
+    most, count = generator.cfg.text_length, args.candidates or args.num_samples
+    if len(generator.bpe.encode(args.prompt)) > most:
+        print(f"the prompt is longer than {most} tokens: only the first {most} are read")
+    keys = None if args.attention is None else edit.word_places(generator.bpe, args.prompt, args.attention)
+    known, to_fill, original = None, None, None
+    if args.image:
+        picture = read_image(args.image)
+        to_fill = places_to_fill(args, count, generator, picture, chance)
+        original = square(picture, generator.cfg.image_size)
+        known = generator.image_to_tokens(np.stack([original])).expand(count, -1)
+    started = time.monotonic()
+    image_tokens, trace = generator.draw_tokens([args.prompt] * count, chance, known, to_fill)
+    pictures = generator.tokens_to_image(image_tokens)
+    seconds = (time.monotonic() - started) / count
+    if args.blend:
+        pictures = edit.blend(original, pictures, to_fill)
+    labels = [""] * count
+    if chooser:
+        scores = chooser(pictures, [args.prompt] * count)
+        best = np.argsort(-scores, kind="stable")[:args.num_samples]
+        pictures, labels = pictures[best], [f"{scores[i]:.3f}" for i in best]
+    sheet = contact_sheet(pictures, labels) if len(pictures) > 1 else Image.fromarray(pictures[0])
+    sheet.save(args.out, format="PNG")
+    print(f"{count} x {args.prompt!r} -> {args.out} ({seconds:.2f} s a picture)")
+    if args.trace:
+        save_film(args.out, generator, trace)
+    if keys is not None:
+        tokens, lengths = (x.to(generator.device) for x in encode_captions(generator.bpe, [args.prompt], most))
+        seq = sequence.build("t2i", generator.cfg, trace[-1].tokens[:1], trace[-1].is_masked[:1], tokens,
+                             torch.zeros_like(tokens, dtype=torch.bool), lengths)
+        maps = watch.attention_maps(generator.model, seq, keys)[:, 0]
+        path = args.out.with_name(f"{args.out.stem}-attention.png")
+        watch.attention_sheet(generator.tokens_to_image(trace[-1].tokens[:1])[0], maps).save(path)
+        print(f"how much {args.attention!r} is looked at, block by block -> {path}")
+
+
+def save_film(out: Path, generator: Generator, trace: list[decode.Step]) -> None:
+    strip, frames = watch.film(generator.vqgan, trace)
+    png, gif = (out.with_name(f"{out.stem}-steps{ending}") for ending in (".png", ".gif"))
+    strip.save(png)
+    frames[0].save(gif, save_all=True, append_images=frames[1:], duration=400, loop=0)
+    print(f"the first, step by step -> {png}, {gif}")
+
+
+def make_captions(args, generator: Generator, chance: torch.Generator, chooser) -> None:
+    """Captions an image or, in a given text, fills in what is missing."""
+    count = args.candidates or args.num_samples
+    picture = square(read_image(args.image), generator.cfg.image_size)
+    image_tokens = generator.image_to_tokens(np.stack([picture])).expand(count, -1)
+    known = ()
+    if args.text is not None:
+        known = edit.read_masked_text(args.text, generator.bpe, generator.cfg.text_length)
+        known = tuple(x.expand(count, *x.shape) for x in known)
+    text_tokens, lengths, trace = generator.write_tokens(image_tokens, chance, *known)
+    captions = generator.read_texts(text_tokens, lengths)
+    if chooser:
+        scores = chooser(np.stack([picture] * count), captions)
+        captions = [captions[i] for i in np.argsort(-scores, kind="stable")[:args.num_samples]]
+    for caption in map(clean_written, captions) if args.clean else captions:
+        print(printable(caption))
+    if args.trace:
+        print("the first, step by step:\n" + printable(watch.text_table(generator.bpe, trace, int(lengths[0]))))
+
+
+def printable(text: str) -> str:
+    """A model may write any bytes: none of them is to steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def make_pairs(args, generator: Generator, chance: torch.Generator) -> None:
+    """Draws images and writes their captions at once, from nothing or from a part of each."""
+    known_image, known_text = None, None
+    if args.image:
+        picture = read_image(args.image)
+        to_fill = places_to_fill(args, args.num_samples, generator, picture, chance)
+        tokens = generator.image_to_tokens(np.stack([square(picture, generator.cfg.image_size)]))
+        known_image = tokens.expand(args.num_samples, -1), to_fill
+    if args.text is not None:
+        known = edit.read_masked_text(args.text, generator.bpe, generator.cfg.text_length)
+        known_text = tuple(x.expand(args.num_samples, *x.shape) for x in known)
+    pictures, captions, trace = generator.make_pairs(args.num_samples, chance, known_image, known_text)
+    contact_sheet(pictures, [printable(caption) for caption in captions]).save(args.out, format="PNG")
+    print("\n".join(map(printable, captions)) + f"\n-> {args.out}")
+    if args.trace:
+        save_film(args.out, generator, trace)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,36 @@ class Generator:
             trace = trace or steps
         return torch.cat(written), torch.cat(all_lengths), trace
 
+    @torch.inference_mode()
+    def make_pairs(self, count: int, generator: torch.Generator, image: tuple[torch.Tensor, torch.Tensor] | None = None,
+                   text: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+                   ) -> tuple[np.ndarray, list[str], list[Step]]:
+        """Images and their captions at once (appendix D), and the images' steps in the first batch.
+
+        Of an image may be known: tokens (B, N), and where to fill (B, N); of a text: tokens (B, T), lengths (B,), where
+        to fill (B, T). The length of a text of which nothing is known starts between 8 and 16 at random.
+        """
+        pictures, captions, trace, cfg = [], [], [], self.cfg
+        for i in range(0, count, self.batch_size):
+            rows, b = slice(i, i + self.batch_size), min(self.batch_size, count - i)
+            lengths = torch.randint(8, 17, (b,), generator=generator).clamp(max=cfg.text_length).to(self.device)
+            words = decode.blank_text(cfg, lengths, decode.text_recipe(cfg))
+            canvas = decode.blank_image(cfg, b, decode.image_recipe(cfg), self.device)
+            if text is not None:
+                tokens, lengths, to_fill = (x[rows].to(self.device) for x in text)
+                words = Canvas(tokens, to_fill, words.recipe)
+            if image is not None:
+                canvas = Canvas(*(x[rows].to(self.device) for x in image), canvas.recipe)
+            steps = min(cfg.text_steps, int(canvas.to_fill.sum(1).min()))  # one K for both
+            for one in (canvas, words):
+                one.recipe = dataclasses.replace(one.recipe, steps=steps)
+            image_tokens, text_tokens, lengths = decode.draw_pair(self.model, canvas, words, lengths, generator,
+                                                                  keep_length=text is not None)
+            pictures.append(self.tokens_to_image(image_tokens))
+            captions += self.read_texts(text_tokens, lengths)
+            trace = trace or canvas.trace
+        return np.concatenate(pictures), captions, trace
+
     def read_texts(self, text_tokens: torch.Tensor, lengths: torch.Tensor) -> list[str]:
         """Text tokens (B, T) of lengths (B,) as strings."""
         return [self.read_tokens(row[:n]) for row, n in zip(text_tokens.tolist(), lengths.tolist())]

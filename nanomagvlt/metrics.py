@@ -8,9 +8,10 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 
-from nanomagvlt import shapes
-from nanomagvlt.data import keyed_generator, keyed_seed
+from nanomagvlt import edit, shapes
+from nanomagvlt.data import encode_captions, keyed_generator, keyed_seed
 
 
 @dataclass
@@ -94,6 +95,50 @@ def evaluate_scenes(generator, level: shapes.Level, num_scenes: int, phrasings: 
         "length": share(a == b for a, b in zip(lengths, true_lengths)),
         "length_constant": Counter(true_lengths).most_common(1)[0][1] / len(true_lengths),
     }
+
+
+def evaluate_editing(generator, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0) -> dict:
+    """Hides one object of an image, or its noun phrase in a caption, has it made anew and judges all of the result.
+
+    "inpainted" sees the prompt and the rest of the image, "infilled" the image and the rest of the caption. "without"
+    withholds the other modality, which is then made together with what is missing: what the context alone gives.
+    generator offers draw_tokens, write_tokens, make_pairs and what evaluate_scenes() wants. {name: Share}
+    """
+    scenes = unseen_scenes(level, num_scenes)
+    rng = random.Random(keyed_seed(seed, "phrasings"))
+    asked = [scene for scene in scenes for _ in range(phrasings)]
+    prompts = [shapes.describe(scene, level, rng) for scene in asked]
+    things = [rng.choice(scene.things) for scene in asked]
+    image_tokens = generator.image_to_tokens(np.stack([shapes.draw_scene(scene, level, rng) for scene in asked]))
+    chance, bpe, cfg = keyed_generator(seed, "editing"), generator.bpe, generator.cfg
+
+    side, corners = shapes.CELL, [(thing.cell % 2 * shapes.CELL, thing.cell // 2 * shapes.CELL) for thing in things]
+    holes = torch.stack([edit.mask_to_places(edit.region((shapes.IMAGE,) * 2, (x, y, x + side, y + side)),
+                                             cfg.image_size, cfg.grid) for x, y in corners])              # (M, N)
+    text_tokens, lengths = encode_captions(bpe, prompts, cfg.text_length)
+    gaps = torch.zeros_like(text_tokens, dtype=torch.bool)                                               # (M, T)
+    for gap, prompt, thing in zip(gaps, prompts, things):
+        gap[list(edit.word_places(bpe, prompt, f"{thing.colour} {thing.shape}"))] = True
+    all_words = torch.arange(cfg.text_length) < lengths[:, None]                                         # (M, T)
+
+    painted = generator.tokens_to_image(generator.draw_tokens(prompts, chance, image_tokens, holes)[0])
+    painted_without, _, _ = generator.make_pairs(len(asked), chance, (image_tokens, holes),
+                                                 (text_tokens, lengths, all_words))
+    written = generator.read_texts(*generator.write_tokens(image_tokens, chance, text_tokens, lengths, gaps)[:2])
+    _, written_without, _ = generator.make_pairs(len(asked), chance, (image_tokens, torch.ones_like(holes)),
+                                                 (text_tokens, lengths, gaps))
+
+    def drawn_right(pictures: np.ndarray) -> Share:
+        readings = zip(prompts, shapes.read_images(pictures, level))
+        return share_over_scenes([shapes.judge(shapes.parse(prompt), reading.scene).exact and reading.is_clean
+                                  for prompt, reading in readings], phrasings)
+
+    def told_right(captions: list[str]) -> Share:
+        return share_over_scenes([shapes.judge(shapes.parse(caption), scene).exact
+                                  for caption, scene in zip(captions, asked)], phrasings)
+    return {"scenes": len(scenes), "phrasings": phrasings,
+            "inpainted": drawn_right(painted), "inpainted_without": drawn_right(painted_without),
+            "infilled": told_right(written), "infilled_without": told_right(written_without)}
 
 
 def scene_table(results: dict) -> str:

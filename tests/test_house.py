@@ -13,8 +13,9 @@ MAY_IMPORT = {
     "sequence": "config", "vqgan": "config", "model": "config sequence",
     "objectives": "sequence masking", "decode": "sequence masking",
     "data": "bpe shapes", "checkpoint": "bpe config model vqgan",
-    "metrics": "shapes data", "published": "bpe checkpoint config model vqgan",
-    "clip": "bpe", "loop": "config", "vqtrain": "checkpoint config data loop model shapes vqgan vqloss",
+    "metrics": "shapes data edit", "published": "bpe checkpoint config model vqgan",
+    "clip": "bpe", "edit": "bpe data", "watch": "bpe data decode model sequence vqgan",
+    "loop": "config", "vqtrain": "checkpoint config data loop model shapes vqgan vqloss",
     "generate": "bpe checkpoint config data decode model published vqgan",
 }
 

@@ -62,7 +62,7 @@ def refused(script: str, argv: list[str], capsys) -> str:
 @pytest.mark.parametrize("script, argv, message", [
     ("train.py", ["--widht", "3"], "unknown argument --widht; did you mean --width?"),
     ("train.py", ["--preset", "tini"], "no preset 'tini'; did you mean 'tiny'?"),
-    ("train.py", ["--width", "130"], "width 130 is no multiple of heads 8"),
+    ("train.py", ["--width", "130"], "width 130 is no multiple of heads 4"),
     ("train.py", ["--width", "many"], "--width: invalid int value: 'many'"),
     ("train.py", ["--preset", "base"], "preset base names no pairs: give --data"),
     ("train.py", ["--layers", "0"], "layers 0 must be at least 1"),
@@ -74,7 +74,7 @@ def refused(script: str, argv: list[str], capsys) -> str:
     ("train.py", ["--device", "cuda:9"], "--device cuda:9"),
     ("train.py", ["extra"], "unknown argument extra"),
     ("sample.py", ["--promt", "x"], "unknown argument --promt; did you mean --prompt?"),
-    ("sample.py", [], "give either --prompt"),
+    ("sample.py", [], "give --prompt"),
     ("sample.py", ["--prompt", "x"], "run `python train.py --preset tiny`"),
     ("sample.py", ["--prompt", "x", "--checkpoint", "no.pt"], "no.pt: there is no such file"),
     ("sample.py", ["--prompt", "x", "--num-samples", "0"], "--num-samples 0: must be at least 1"),
@@ -104,11 +104,36 @@ def test_mistakes_before_anything_is_trained(script, argv, message, capsys):
     (["--prompt", "x", "--top-k", "-1"], "image_top_k -1"),
     (["--prompt", "x", "--out", "no/such/folder.png"], "no/such/folder.png: No such file"),
     (["--prompt", "x", "--checkpoint", "text.png"], "text.png: not a checkpoint"),
-    (["--image", "text.png", "--prompt", "x"], "give either --prompt"),
+    (["--image", "text.png", "--prompt", "x"], "text.png: not an image"),
+    (["--text", "a [MASK]"], "--text wants the --image"),
+    (["--text", "a [MASK]", "--prompt", "x"], "give one of them"),
+    (["--image", "white.png", "--text", "a circle"], "'a circle' has no [MASK]"),
+    (["--image", "white.png", "--text", "a [MASK:99]"], "'a [MASK:99]' has 101 tokens with its end: at most 24 fit"),
+    (["--prompt", "x", "--region", "0,0,9,9"], "--region says what of an --image is made anew: give one"),
+    (["--image", "white.png", "--region", "0,0,9,9"], '--region wants --prompt "..."'),
+    (["--image", "white.png", "--prompt", "x", "--region", "0,0,9,99"], "within 40 x 32 pixels"),
+    (["--image", "white.png", "--prompt", "x", "--region", "0,0,9"], "--region: invalid box value: '0,0,9'"),
+    (["--image", "white.png", "--prompt", "x", "--mask", "black.png"], "nothing is to be made anew"),
+    (["--image", "white.png", "--prompt", "x", "--mask", "small.png"], "they must have one size"),
+    (["--image", "white.png", "--prompt", "x", "--mask", "text.png"], "text.png: not an image"),
+    (["--image", "white.png", "--prompt", "x", "--keep", "1"], "--keep 1.0: must lie in [0, 1)"),
+    (["--image", "white.png", "--prompt", "x", "--keep", "0", "--mask", "x.png"], "--mask and --keep: give one of"),
+    (["--image", "white.png", "--blend"], "--blend wants an --image and a --prompt"),
+    (["--image", "white.png", "--guidance", "2"], "--guidance is for drawings"),
+    (["--prompt", "x", "--guidance", "2"], "was trained without --condition-dropout"),
+    (["--prompt", "x", "--candidates", "3"], "--candidates 3: must be at least --num-samples 8"),
+    (["--prompt", "x", "--candidates", "9"], "--candidates wants who chooses"),
+    (["--prompt", "x", "--judge"], "--judge chooses among --candidates"),
+    (["--prompt", "x", "--candidates", "9", "--clip", "text.png"], "text.png"),
+    (["--prompt", "x", "--attention", "blue"], "'blue' is not in the prompt 'x'"),
+    (["--prompt", "x", "--order", "haltom"], "--order: invalid choice: 'haltom'"),
+    (["--together", "--prompt", "x"], "--together writes its own text"),
     (["--prompt", "x", "--sha256", "00"], "last.pt: its SHA-256 is"),
 ])
 def test_mistakes_in_sampling(argv, message, trained, capsys):
     Path("text.png").write_text("no image")
+    for name, colour, size in (("white", "white", (40, 32)), ("black", "black", (40, 32)), ("small", "white", (8, 8))):
+        Image.new("RGB", size, colour).save(f"{name}.png")
     assert message in refused("sample.py", argv, capsys)
 
 
@@ -144,11 +169,42 @@ def test_drawing_and_captioning(trained, capsys):
     assert len(lines) == 5 and all(line.isprintable() for line in lines)
 
 
+def test_editing_filling_choosing_and_watching(trained, capsys):
+    def run(*argv) -> str:
+        sample.main([*argv, "--num-samples", "3"])
+        return capsys.readouterr().out
+    Image.new("RGB", (64, 32), "white").save("white.png")
+    picture, prompt = ("--image", "white.png"), ("--prompt", "a red circle")
+    for part in ((), ("--region", "16,0,48,32"), ("--mask", "white.png"), ("--keep", "0.5"), ("--blend",)):
+        assert "3 x 'a red circle' -> samples.png" in run(*picture, *prompt, *part)
+    everything = np.asarray(Image.open("samples.png")) if run(*picture, *prompt, "--region", "0,0,64,32") else None
+    run(*prompt)
+    assert np.array_equal(everything, np.asarray(Image.open("samples.png")))     # all made anew: a drawing like others
+    assert len(run(*picture, "--text", "a [MASK:2] circle").splitlines()) == 4
+    assert "3 captions" not in run("--together") and Path("samples.png").exists()
+    assert "-> samples.png" in run("--together", *picture, "--keep", "0.5", "--text", "a [MASK] circle")
+    out = run(*prompt, "--trace", "--attention", "red circle", "--candidates", "4", "--judge", "--order", "halton",
+              "--schedule", "square")
+    assert "4 x 'a red circle'" in out
+    strip, film = Image.open("samples-steps.png"), Image.open("samples-steps.gif")
+    assert film.n_frames == 2 and strip.width == 2 * 100 - 4 and Image.open("samples-attention.png").height == 96
+    assert "  2  " in run(*picture, "--trace", "--order", "random", "--temperature", "1")
+
+
 def test_eval_scenes_writes_what_it_prints(trained, capsys):
     eval.main(["scenes", "--num-scenes", "3", "--phrasings", "2", "--out", "scenes.json"])
     results, out = json.loads(Path("scenes.json").read_text()), capsys.readouterr().out
     assert results["scenes"] == 3 and f"{results['t2i_facts']['value']:.3f} [" in out
     assert {"t2i_exact", "i2t_exact", "i2t_facts", "length", "reconstruction"} <= set(results)
+
+
+def test_eval_edit_and_sweep(trained, capsys):
+    eval.main(["edit", "--num-scenes", "3", "--phrasings", "2", "--out", "edit.json"])
+    results, out = json.loads(Path("edit.json").read_text()), capsys.readouterr().out
+    for name in ("inpainted", "inpainted_without", "infilled", "infilled_without", "t2i", "i2t"):
+        assert f"{results[name]['value']:.3f} [" in out
+    eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--out", "sweep.json"])
+    assert len(json.loads(Path("sweep.json").read_text())) == 4 * 6 and "halton      i2t" in capsys.readouterr().out
 
 
 def test_prepare_then_train_on_it(trained, capsys):
