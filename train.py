@@ -156,7 +156,7 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, c
     batch = make_batch(cache, bpe, rows, cfg, cfg.bpe_dropout, (cfg.seed, "bpe dropout", step))
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, cfg.lr, cfg.warmup, cfg.steps)
+        group["lr"] = learning_rate(step, cfg.lr, cfg.warmup, cfg.steps, cfg.lr_fall)
 
     torch.manual_seed(keyed_seed(cfg.seed, "dropout", step))  # dropout alone uses the global generator
     optimizer.zero_grad()

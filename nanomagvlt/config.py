@@ -82,7 +82,8 @@ class Config:
     # Optimiser
     steps: int = 12_000                      # updates; P 40,000
     batch_size: int = 16                     # pairs an update; P 4,096
-    lr: float = 1e-3                         # peak learning rate, cosine to 0 after the warm-up; P 4.5e-4
+    lr: float = 1e-3                         # peak learning rate; P 4.5e-4
+    lr_fall: float = 1.0                     # it falls to 0 as a cosine, over this last share of the updates; P 1
     warmup: int = 100                        # updates of linear warm-up
     betas: tuple[float, ...] = (0.9, 0.96)   # AdamW; P 0.9, 0.96
     weight_decay: float = 0.045              # on matrices only; P 0.045
@@ -163,6 +164,7 @@ class Config:
             (self.text_temperature < 0.001, f"text_temperature {self.text_temperature} must be at least 0.001"),
             (self.codebook_size > 2 ** 16,
              f"codebook_size {self.codebook_size} is over 65,536, the most a cache holds"),
+            (not 0 < self.lr_fall <= 1, f"lr_fall {self.lr_fall} must lie in (0, 1]"),
             (min(self.lr, self.vq_lr) <= 0, f"lr {self.lr} and vq_lr {self.vq_lr} must be > 0"),
         ]
         at_least_one = ("pairs image_size text_length text_bucket codebook_size codebook_dim vq_channels vq_latent "

@@ -42,11 +42,13 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
-    """Linear from 0 over the warm-up, then half a cosine down to 0 at the end."""
+def learning_rate(step: int, peak: float, warmup: int, total: int, fall: float = 1.0) -> float:
+    """Linear from 0 over the warm-up, then the peak, then half a cosine down to 0 over the last share `fall` of what
+    follows the warm-up; with 1 all of it falls."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 1 + fall) / fall)))
 
 
 def optimizer_for(model: torch.nn.Module, cfg: Config, lr: float) -> torch.optim.AdamW:

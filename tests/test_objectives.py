@@ -129,6 +129,23 @@ def test_places_that_are_padding_in_all_the_batch_may_be_left_out(task, whole, b
         assert torch.allclose(term, terms_of(whole, task, short, same)[name], rtol=1e-5), name
 
 
+def test_captions_are_left_out_in_t2i_alone(whole, batch, uniform, monkeypatch):
+    """An empty caption is its end token; MixSel, whose contexts must say something, keeps the captions."""
+    seen, build = [], objectives.sequence.build
+    monkeypatch.setattr(objectives.sequence, "build", lambda *args: seen.append(args) or build(*args))
+    whole.cfg.condition_dropout = 0.5
+    dropped = uniform("captions left out") < 0.5
+    assert dropped.any() and not dropped.all()
+    terms_of(whole, "t2i", batch, uniform)
+    for task, _, _, _, text_tokens, _, lengths in (args[:7] for args in seen[:2]):  # the main pass and UnrollMask's
+        assert (lengths[dropped] == 1).all() and (text_tokens[dropped, 0] == whole.cfg.text_vocab - 1).all()
+        assert torch.equal(lengths[~dropped], batch["text_lengths"][~dropped])
+    assert (seen[2][6] > 2).all()
+    seen.clear()
+    terms_of(whole, "i2t", batch, uniform)
+    assert torch.equal(seen[0][6], batch["text_lengths"])
+
+
 @pytest.mark.parametrize("length_pass", ["own", "main"])
 def test_length_counts_from_one_and_its_own_pass_shows_nothing_of_it(length_pass, cfg, model, batch, uniform,
                                                                      monkeypatch):

@@ -154,6 +154,8 @@ def test_learning_rate():
     rates = [train.learning_rate(step, 1.0, 10, 110) for step in range(111)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[60] == pytest.approx(0.5) and rates[110] == 0
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    late = [train.learning_rate(step, 1.0, 10, 110, 0.2) for step in range(111)]
+    assert late[10:91] == [1.0] * 81 and late[100] == pytest.approx(0.5) and late[110] == 0
 
 
 def test_tasks_are_drawn_by_weight(cfg):
