@@ -83,24 +83,24 @@ class Config:
     steps: int = 12_000                      # updates; P 40,000
     batch_size: int = 16                     # pairs an update; P 4,096
     lr: float = 1e-3                         # peak learning rate; P 4.5e-4
-    lr_fall: float = 1.0                     # it falls to 0 as a cosine, over this last share of the updates; P 1
+    lr_fall: float = 0.3                     # it falls to 0 as a cosine, over this last share of the updates; P 1
     warmup: int = 100                        # updates of linear warm-up
     betas: tuple[float, ...] = (0.9, 0.96)   # AdamW; P 0.9, 0.96
     weight_decay: float = 0.045              # on matrices only; P 0.045
     clip: float = 4.0                        # largest gradient norm; P 4
-    ema: float = 0.9995                      # moving average of the weights, per update: what samples; 0: none
+    ema: float = 0.999                       # moving average of the weights, per update: what samples; 0: none
     # Decoding (section 3.2), defaults of sample.py and eval.py
-    image_steps: int = 10                    # K for images; P 10
-    image_temperature: tuple[float, ...] = (1.4, 0.6)  # sampling temperature, first step to last
+    image_steps: int = 16                    # K for images; P 10
+    image_temperature: tuple[float, ...] = (0.3, 0.1)  # sampling temperature, first step to last; P 1.4, 0.6
     image_top_k: int = 0                     # sample among this many likeliest tokens; 0: among all
-    image_noise: tuple[float, ...] = (2.0, 0.2)  # Gumbel noise on the confidence, first step to last
+    image_noise: tuple[float, ...] = (0.5, 0.1)  # Gumbel noise on the confidence, first step to last; P 2.0, 0.2
     image_order: str = "gumbel"              # kept first: gumbel (confident ones, noisily), confidence, random, halton
     image_schedule: str = "cosine"           # gamma in decoding: cosine, linear, square; P cosine
     guidance: float = 1.0                    # classifier-free guidance of drawings; 1: none
     text_steps: int = 24                     # K for text; P 12
     text_temperature: float = 0.1            # sampling temperature, every step
     text_top_k: int = 32                     # sample among this many likeliest tokens; 0: among all
-    text_order: str = "confidence"           # as image_order; P gumbel
+    text_order: str = "halton"               # as image_order; P gumbel
     text_schedule: str = "linear"            # as image_schedule; P linear
     length_places: int = 1                   # text places visible, all masked, when the length is predicted; P 16
     # Housekeeping
@@ -184,7 +184,7 @@ CHOICES = {"mixsel": ("off", "select", "random"), "unroll_text": ("masked", "all
            "image_order": ORDERS, "text_order": ORDERS, "image_schedule": SCHEDULES, "text_schedule": SCHEDULES}
 
 PRESETS = {
-    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=1000, heads=8, steps=2000, ema=0.999,
+    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=1000, steps=2000,
                   task_weights=(1.0, 1.0, 0.0), eval_scenes=100, eval_every=500, sample_every=1000, save_every=500),
     "tiny": dict(),
     "base": dict(data="", image_size=256, text_length=64, text_bucket=64, bpe_merges=48_894, clean_captions=True,
@@ -193,8 +193,9 @@ PRESETS = {
                  vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32, vq_patchwise=False, layers=24,
                  width=1024, heads=8, dropout=0.1, init_std=0.02, position_start="normal", length_places=16,
                  task_weights=(8.0, 1.0, 1.0), length_weight=0.01, length_pass="main", unroll_mask=True,
-                 mixsel="select", label_smoothing=0.1, steps=40_000, batch_size=4096, lr=4.5e-4, warmup=1000,
-                 ema=0.9999, text_steps=12, text_order="gumbel"),
+                 mixsel="select", label_smoothing=0.1, steps=40_000, batch_size=4096, lr=4.5e-4, lr_fall=1.0,
+                 warmup=1000, ema=0.9999, image_steps=10, image_temperature=(1.4, 0.6), image_noise=(2.0, 0.2),
+                 text_steps=12, text_order="gumbel"),
 }
 
 PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=80_000)

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanomagvlt.config import Config, preset
+from nanomagvlt.config import preset
 from nanomagvlt.decode import (Canvas, Recipe, blank_image, blank_text, decode, draw_image, draw_pair, image_recipe,
                                predict_length, text_recipe, write_text)
 from nanomagvlt.masking import ORDERS, decoding_counts, sample
 from nanomagvlt.sequence import real_places
 
-IMAGE, TEXT = image_recipe(Config()), text_recipe(Config(text_order="gumbel"))
+IMAGE, TEXT = replace(image_recipe(preset("base")), rows=4), text_recipe(preset("base"))
 V = 9
 
 
