@@ -38,10 +38,12 @@ def edit(args) -> None:
     whole = metrics.evaluate_scenes(generator, level, args.num_scenes, args.phrasings, args.seed)
     results |= {"t2i": whole["t2i_exact"], "i2t": whole["i2t_exact"]}
     print(f"{results['scenes']} unseen scenes, {results['phrasings']} phrasings each; exact, 95% intervals over scenes")
-    for name, what in (("inpainted", "an object inpainted"), ("inpainted_without", "  the prompt withheld"),
-                       ("t2i", "  all drawn (T2I)"), ("infilled", "a noun phrase infilled"),
-                       ("infilled_without", "  the image withheld"), ("i2t", "  all written (I2T)")):
-        print(f"{what:26}{results[name]}")
+    for name, what in (("object_inpainted", "an object inpainted"), ("centre_inpainted", "the centre inpainted"),
+                       ("t2i", "all drawn (T2I)"), ("object_infilled", "a noun phrase infilled"),
+                       ("centre_infilled", "the middle words infilled"), ("i2t", "all written (I2T)")):
+        print(f"{what:28}{results[name]}")
+        if f"{name}_without" in results:
+            print(f"{'  the other half withheld':28}{results[f'{name}_without']}")
     save(args, metrics.as_json(results))
 
 

@@ -98,11 +98,13 @@ def evaluate_scenes(generator, level: shapes.Level, num_scenes: int, phrasings: 
 
 
 def evaluate_editing(generator, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0) -> dict:
-    """Hides one object of an image, or its noun phrase in a caption, has it made anew and judges all of the result.
+    """Hides a part of an image or of a caption, has it made anew and judges all of the result. {name: Share}
 
-    "inpainted" sees the prompt and the rest of the image, "infilled" the image and the rest of the caption. "without"
-    withholds the other modality, which is then made together with what is missing: what the context alone gives.
-    generator offers draw_tokens, write_tokens, make_pairs and what evaluate_scenes() wants. {name: Share}
+    What is hidden: "object", one object's cell, and its noun phrase in the caption; "centre", the paper's protocol, the
+    middle half of the image's rows and columns, and of the caption's words. inpainted sees the prompt and the rest of
+    the image, infilled the image and the rest of the caption. "without" withholds the other modality, which is then
+    made together with what is missing: what the context alone gives.
+    generator offers draw_tokens, write_tokens, make_pairs and what evaluate_scenes() wants.
     """
     scenes = unseen_scenes(level, num_scenes)
     rng = random.Random(keyed_seed(seed, "phrasings"))
@@ -110,23 +112,9 @@ def evaluate_editing(generator, level: shapes.Level, num_scenes: int, phrasings:
     prompts = [shapes.describe(scene, level, rng) for scene in asked]
     things = [rng.choice(scene.things) for scene in asked]
     image_tokens = generator.image_to_tokens(np.stack([shapes.draw_scene(scene, level, rng) for scene in asked]))
-    chance, bpe, cfg = keyed_generator(seed, "editing"), generator.bpe, generator.cfg
-
-    side, corners = shapes.CELL, [(thing.cell % 2 * shapes.CELL, thing.cell // 2 * shapes.CELL) for thing in things]
-    holes = torch.stack([edit.mask_to_places(edit.region((shapes.IMAGE,) * 2, (x, y, x + side, y + side)),
-                                             cfg.image_size, cfg.grid) for x, y in corners])              # (M, N)
+    bpe, cfg, cell = generator.bpe, generator.cfg, shapes.CELL
     text_tokens, lengths = encode_captions(bpe, prompts, cfg.text_length)
-    gaps = torch.zeros_like(text_tokens, dtype=torch.bool)                                               # (M, T)
-    for gap, prompt, thing in zip(gaps, prompts, things):
-        gap[list(edit.word_places(bpe, prompt, f"{thing.colour} {thing.shape}"))] = True
-    all_words = torch.arange(cfg.text_length) < lengths[:, None]                                         # (M, T)
-
-    painted = generator.tokens_to_image(generator.draw_tokens(prompts, chance, image_tokens, holes)[0])
-    painted_without, _, _ = generator.make_pairs(len(asked), chance, (image_tokens, holes),
-                                                 (text_tokens, lengths, all_words))
-    written = generator.read_texts(*generator.write_tokens(image_tokens, chance, text_tokens, lengths, gaps)[:2])
-    _, written_without, _ = generator.make_pairs(len(asked), chance, (image_tokens, torch.ones_like(holes)),
-                                                 (text_tokens, lengths, gaps))
+    all_words = torch.arange(cfg.text_length) < lengths[:, None]                                     # (M, T)
 
     def drawn_right(pictures: np.ndarray) -> Share:
         readings = zip(prompts, shapes.read_images(pictures, level))
@@ -136,9 +124,26 @@ def evaluate_editing(generator, level: shapes.Level, num_scenes: int, phrasings:
     def told_right(captions: list[str]) -> Share:
         return share_over_scenes([shapes.judge(shapes.parse(caption), scene).exact
                                   for caption, scene in zip(captions, asked)], phrasings)
-    return {"scenes": len(scenes), "phrasings": phrasings,
-            "inpainted": drawn_right(painted), "inpainted_without": drawn_right(painted_without),
-            "infilled": told_right(written), "infilled_without": told_right(written_without)}
+
+    def edited(name: str, holes: torch.Tensor, gaps: torch.Tensor) -> dict[str, Share]:
+        """holes (M, N), gaps (M, T): where image and text are hidden."""
+        chance, count, everything = keyed_generator(seed, name), len(asked), torch.ones_like(holes)
+        painted = generator.tokens_to_image(generator.draw_tokens(prompts, chance, image_tokens, holes)[0])
+        alone = generator.make_pairs(count, chance, (image_tokens, holes), (text_tokens, lengths, all_words))[0]
+        written = generator.read_texts(*generator.write_tokens(image_tokens, chance, text_tokens, lengths, gaps)[:2])
+        blind = generator.make_pairs(count, chance, (image_tokens, everything), (text_tokens, lengths, gaps))[1]
+        return {f"{name}_inpainted": drawn_right(painted), f"{name}_inpainted_without": drawn_right(alone),
+                f"{name}_infilled": told_right(written), f"{name}_infilled_without": told_right(blind)}
+
+    corners = [(thing.cell % 2 * cell, thing.cell // 2 * cell) for thing in things]
+    cells = torch.stack([edit.mask_to_places(edit.region((shapes.IMAGE,) * 2, (x, y, x + cell, y + cell)),
+                                             cfg.image_size, cfg.grid) for x, y in corners])         # (M, N)
+    phrases = torch.zeros_like(text_tokens, dtype=torch.bool)                                        # (M, T)
+    for row, prompt, thing in zip(phrases, prompts, things):
+        row[list(edit.word_places(bpe, prompt, f"{thing.colour} {thing.shape}"))] = True
+    return {"scenes": len(scenes), "phrasings": phrasings, **edited("object", cells, phrases),
+            **edited("centre", edit.centre_places(cfg.grid).expand(len(asked), -1),
+                     edit.centre_words(lengths, cfg.text_length))}
 
 
 def scene_table(results: dict) -> str:

@@ -201,7 +201,9 @@ def test_eval_scenes_writes_what_it_prints(trained, capsys):
 def test_eval_edit_and_sweep(trained, capsys):
     eval.main(["edit", "--num-scenes", "3", "--phrasings", "2", "--out", "edit.json"])
     results, out = json.loads(Path("edit.json").read_text()), capsys.readouterr().out
-    for name in ("inpainted", "inpainted_without", "infilled", "infilled_without", "t2i", "i2t"):
+    for name in ("object_inpainted", "object_inpainted_without", "object_infilled", "object_infilled_without",
+                 "centre_inpainted", "centre_inpainted_without", "centre_infilled", "centre_infilled_without", "t2i",
+                 "i2t"):
         assert f"{results[name]['value']:.3f} [" in out
     eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--out", "sweep.json"])
     assert len(json.loads(Path("sweep.json").read_text())) == 4 * 6 and "halton      i2t" in capsys.readouterr().out
