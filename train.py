@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanomagvlt import checkpoint, metrics, shapes
+from nanomagvlt import argvlt, checkpoint, metrics, objectives, shapes
 from nanomagvlt.bpe import BPE
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, Parser, add_config_flags, config_from_args
 from nanomagvlt.data import (DataError, TokenCache, keyed_generator, keyed_seed, left_out, make_batch, read_pairs,
@@ -29,7 +29,6 @@ from nanomagvlt.data import (DataError, TokenCache, keyed_generator, keyed_seed,
 from nanomagvlt.generate import Generator, contact_sheet, pick_device
 from nanomagvlt.loop import BAR, Interrupt, Log, Stopped, learning_rate, optimizer_for
 from nanomagvlt.model import MAGVLT, num_parameters
-from nanomagvlt.objectives import loss_terms, total_loss
 from nanomagvlt.sequence import TASKS
 from nanomagvlt.vqgan import VQGAN
 from nanomagvlt.vqtrain import train_vqgan
@@ -137,8 +136,8 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
                 log.write(step=step, **{f"val_{name}": value for name, value in losses.items()})
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
                 tqdm.write(f"step {step:,}: validation {shown}" + before.get(step, ""))
-                if losses["mask"] < best:
-                    best = losses["mask"]
+                if losses[method_of(cfg).MAIN] < best:
+                    best = losses[method_of(cfg).MAIN]
                     save("best.pt")
             if step % cfg.sample_every == 0 or step == cfg.steps:
                 save_samples(generator, caches.get("val", caches["train"]), run / "samples" / f"{step:06d}.png")
@@ -161,12 +160,18 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, c
     torch.manual_seed(keyed_seed(cfg.seed, "dropout", step))  # dropout alone uses the global generator
     optimizer.zero_grad()
     terms = {}
-    for of_a_pass in loss_terms(model, task, batch, partial(uniform, model.device, cfg.batch_size, cfg.seed, step)):
-        total_loss(of_a_pass, task, cfg).backward()  # a sum's gradient is that of its parts: one graph lives at a time
+    method, numbers = method_of(cfg), partial(uniform, model.device, cfg.batch_size, cfg.seed, step)
+    for of_a_pass in method.loss_terms(model, task, batch, numbers):
+        method.total_loss(of_a_pass, task, cfg).backward()  # a sum's gradient is that of its parts: one graph lives at a time
         terms |= {name: term.detach() for name, term in of_a_pass.items()}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
     optimizer.step()
     return task, terms, norm
+
+
+def method_of(cfg: Config):
+    """The module that holds the method's loss_terms() and total_loss()."""
+    return argvlt if cfg.model == "argvlt" else objectives
 
 
 def reference_losses(cfg: Config) -> dict[int, str]:
@@ -201,9 +206,9 @@ def uniform(device: torch.device, batch_size: int, seed: int, step: int, purpose
 
 @torch.no_grad()
 def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[str, float]:
-    """Mean loss terms of each task on up to 512 unseen pairs, always the same with the same masks; "mask" adds them up
-    by task weight."""
-    size = min(64, len(cache))
+    """Mean loss terms of each task on up to 512 unseen pairs, always the same with the same masks; the method's main
+    term, "mask", is also added up over the tasks, by their weights."""
+    method, size = method_of(cfg), min(64, len(cache))
     sums, batches = defaultdict(float), min(8, len(cache) // size)
     for i in range(batches):
         rows = rows_of_step(i, size, len(cache), cfg.seed)
@@ -212,11 +217,11 @@ def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[st
         numbers = partial(uniform, model.device, size, cfg.seed, f"val {i}")
         for task, weight in zip(TASKS, cfg.task_weights):
             if weight:
-                terms = {name: term for part in loss_terms(model, task, batch, numbers) for name, term in part.items()}
-                for name, term in terms.items():
-                    sums[task if name == "mask" else f"{task}_{name}"] += term.item() / batches
-                    if name == "mask":
-                        sums["mask"] += term.item() / batches * weight / sum(cfg.task_weights)
+                passes = method.loss_terms(model, task, batch, numbers)
+                for name, term in ((name, term) for terms in passes for name, term in terms.items()):
+                    sums[task if name == method.MAIN else f"{task}_{name}"] += term.item() / batches
+                    if name == method.MAIN:
+                        sums[name] += term.item() / batches * weight / sum(cfg.task_weights)
     return dict(sums)
 
 

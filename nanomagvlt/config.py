@@ -60,6 +60,8 @@ class Config:
     vq_vgg: str = ""                         # torchvision's vgg16-397923af.pth, for the perceptual loss; empty: none
     vq_lpips: str = ""                       # and LPIPS's own vgg.pth, which goes with it
     # Transformer
+    model: str = "magvlt"                    # magvlt, or argvlt: its autoregressive counterpart (chapter 9)
+    segments: bool = False                   # argvlt: L-Verse's [REF] and [GEN] embeddings (BiART)
     layers: int = 4                          # P 24
     width: int = 128                         # D; P 1024
     heads: int = 4                           # H; P 8
@@ -80,7 +82,7 @@ class Config:
     label_smoothing: float = 0.0             # P 0.1
     condition_dropout: float = 0.0           # share of T2I's captions left out, which guidance needs (0.1, say); P 0
     # Optimiser
-    steps: int = 12_000                      # updates; P 40,000
+    steps: int = 10_000                      # updates; P 40,000
     batch_size: int = 16                     # pairs an update; P 4,096
     lr: float = 1e-3                         # peak learning rate; P 4.5e-4
     lr_fall: float = 0.3                     # it falls to 0 as a cosine, over this last share of the updates; P 1
@@ -102,6 +104,7 @@ class Config:
     text_top_k: int = 32                     # sample among this many likeliest tokens; 0: among all
     text_order: str = "halton"               # as image_order; P gumbel
     text_schedule: str = "linear"            # as image_schedule; P linear
+    argvlt_temperature: float = 1.0          # of an ARGVLT's tokens
     length_places: int = 1                   # text places visible, all masked, when the length is predicted; P 16
     # Housekeeping
     seed: int = 0                            # same seed, same device, same result
@@ -146,6 +149,9 @@ class Config:
              f"length_places {self.length_places} must lie in 1..text_length {self.text_length}"),
             (not 1 <= self.image_steps <= self.image_tokens,
              f"image_steps {self.image_steps} must lie in 1..{self.image_tokens}, the number of image tokens"),
+            (self.model == "argvlt" and (self.task_weights[2:] != (0.0,) or self.unroll_mask or self.mixsel != "off"),
+             "model argvlt has no it2it, no UnrollMask and no MixSel: give task_weights with 0 as their last"),
+            (self.segments and self.model != "argvlt", "segments are for model argvlt"),
             (self.mixsel != "off" and self.batch_size < 2, "mixsel wants at least two pairs a batch: see batch_size"),
             (self.mixsel != "off" and not 1 <= self.mixsel_separators <= self.text_length - 3,
              f"mixsel_separators {self.mixsel_separators} must lie in 1..text_length - 3"),
@@ -162,6 +168,7 @@ class Config:
             (self.image_top_k < 0, f"image_top_k {self.image_top_k} must be at least 0"),
             (self.text_top_k < 0, f"text_top_k {self.text_top_k} must be at least 0"),
             (self.text_temperature < 0.001, f"text_temperature {self.text_temperature} must be at least 0.001"),
+            (self.argvlt_temperature < 0.001, f"argvlt_temperature {self.argvlt_temperature} must be at least 0.001"),
             (self.codebook_size > 2 ** 16,
              f"codebook_size {self.codebook_size} is over 65,536, the most a cache holds"),
             (not 0 < self.lr_fall <= 1, f"lr_fall {self.lr_fall} must lie in (0, 1]"),
@@ -179,7 +186,7 @@ class Config:
 
 
 # What the settings that are words may say.
-CHOICES = {"mixsel": ("off", "select", "random"), "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
+CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"), "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
            "length_pass": ("own", "main"), "position_start": ("normal", "waves"),
            "image_order": ORDERS, "text_order": ORDERS, "image_schedule": SCHEDULES, "text_schedule": SCHEDULES}
 
@@ -198,6 +205,9 @@ PRESETS = {
                  text_steps=12, text_order="gumbel"),
 }
 
+# What changes in any preset with `--model argvlt`, unless it is said otherwise.
+ARGVLT = dict(task_weights=(8.0, 2.0, 0.0), unroll_mask=False, mixsel="off")
+
 PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=80_000)
 
 # Fields that a trained VQ-GAN fixes for whoever uses it.
@@ -212,7 +222,8 @@ def preset(name: str, **changes) -> Config:
     """The named preset with changes. Raises ValueError for an unknown preset or field, with the nearest name."""
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}{nearest(name, PRESETS)}")
-    return from_dict({**PRESETS[name], **changes})
+    counterpart = ARGVLT if changes.get("model") == "argvlt" else {}
+    return from_dict({**PRESETS[name], **counterpart, **changes})
 
 
 def from_dict(values: dict) -> Config:

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from nanomagvlt import checkpoint, decode, published
+from nanomagvlt import argvlt, checkpoint, decode, published
 from nanomagvlt.bpe import BPE
 from nanomagvlt.config import Config
 from nanomagvlt.data import encode_captions, to_images, to_pixels
 from nanomagvlt.decode import Canvas, Step
 from nanomagvlt.model import MAGVLT
+from nanomagvlt.sequence import real_places
 from nanomagvlt.vqgan import VQGAN
 
 
@@ -58,23 +59,29 @@ class Generator:
         With image_tokens (B, N) and to_fill (B, N) bool only the places to fill are made anew, in no more steps than
         there are such places.
         """
-        drawn, trace, recipe = [], [], decode.image_recipe(self.cfg)
+        drawn, trace, cfg = [], [], self.cfg
+        if image_tokens is None:
+            image_tokens = torch.zeros(len(prompts), cfg.image_tokens, dtype=torch.long)
+            to_fill = torch.ones_like(image_tokens, dtype=torch.bool)
         for i in range(0, len(prompts), self.batch_size):
             rows = slice(i, i + self.batch_size)
-            tokens, lengths = (x.to(self.device)
-                               for x in encode_captions(self.bpe, prompts[rows], self.cfg.text_length))
-            canvas = decode.blank_image(self.cfg, len(tokens), recipe, self.device)
-            if image_tokens is not None:
-                fewest = max(1, int(to_fill[rows].sum(1).min()))
-                canvas = Canvas(image_tokens[rows].to(self.device), to_fill[rows].to(self.device),
-                                dataclasses.replace(recipe, steps=min(recipe.steps, fewest)))
-            done, steps = decode.draw_image(self.model, tokens, lengths, generator, canvas, self.cfg.guidance)
+            text_tokens, lengths = (x.to(self.device)
+                                    for x in encode_captions(self.bpe, prompts[rows], cfg.text_length))
+            known, fill = image_tokens[rows].to(self.device), to_fill[rows].to(self.device)
+            if cfg.model == "argvlt":
+                done, steps = argvlt.generate(self.model, "t2i", known, text_tokens, lengths, fill, generator,
+                                              cfg.argvlt_temperature, cfg.image_top_k), []
+            else:
+                recipe = decode.image_recipe(cfg)
+                recipe = dataclasses.replace(recipe, steps=max(1, min(recipe.steps, int(fill.sum(1).min()))))
+                done, steps = decode.draw_image(self.model, text_tokens, lengths, generator,
+                                                Canvas(known, fill, recipe), cfg.guidance)
             drawn.append(done)
             trace = trace or steps
         return torch.cat(drawn), trace
 
     def caption(self, images: np.ndarray, generator: torch.Generator) -> tuple[list[str], list[int]]:
-        """A caption for each image, uint8 (B, S, S, 3), and its predicted length in tokens, end token included."""
+        """A caption for each image, uint8 (B, S, S, 3), and its length in tokens, end token included."""
         text_tokens, lengths, _ = self.write_tokens(self.image_to_tokens(images), generator)
         return self.read_texts(text_tokens, lengths), lengths.tolist()
 
@@ -86,17 +93,24 @@ class Generator:
 
         With text_tokens (B, T), lengths (B,) and to_fill (B, T) bool only the places to fill are written.
         """
-        written, all_lengths, trace, recipe = [], [], [], decode.text_recipe(self.cfg)
+        written, all_lengths, trace, cfg = [], [], [], self.cfg
         for i in range(0, len(image_tokens), self.batch_size):
             rows = slice(i, i + self.batch_size)
             image = image_tokens[rows].to(self.device)
-            if text_tokens is None:
-                n = decode.predict_length(self.model, image, torch.zeros_like(image, dtype=torch.bool))
-                canvas = decode.blank_text(self.cfg, n, recipe)
+            if text_tokens is not None:
+                n, known, fill = (x[rows].to(self.device) for x in (lengths, text_tokens, to_fill))
+            else:  # of which nothing is known: an ARGVLT says itself where it ends, a MAGVLT has guessed it before
+                n = (torch.full_like(image[:, 0], cfg.text_length) if cfg.model == "argvlt" else
+                     decode.predict_length(self.model, image, torch.zeros_like(image, dtype=torch.bool)))
+                fill = real_places(n, cfg.text_length)
+                known = torch.zeros_like(fill, dtype=torch.long)
+            if cfg.model == "argvlt":
+                done, steps = argvlt.generate(self.model, "i2t", image, known, n, fill, generator,
+                                              cfg.argvlt_temperature, cfg.text_top_k), []
+                n = (done != self.bpe.end).sum(1).add(1).clamp(max=n)
             else:
-                n = lengths[rows].to(self.device)
-                canvas = Canvas(text_tokens[rows].to(self.device), to_fill[rows].to(self.device), recipe)
-            done, _, steps = decode.write_text(self.model, image, generator, n, canvas)
+                canvas = Canvas(known, fill, decode.text_recipe(cfg))
+                done, _, steps = decode.write_text(self.model, image, generator, n, canvas)
             written.append(done)
             all_lengths.append(n)
             trace = trace or steps

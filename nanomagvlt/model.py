@@ -4,6 +4,9 @@ A plain pre-LayerNorm transformer that looks both ways (section 3.1; sizes in ta
 one token table for both modalities, tied to the output layer; images scored over image ids only, texts over text ids
 only; and a linear layer on BOT's last state that guesses how long the caption is (section 3.2).
 
+The same transformer, causal, is ARGVLT (chapter 9): then a place sees what stands up to it, and can be fed place by
+place, the keys and values of what has been read being kept.
+
 Shapes: B batch, L sequence, D width, H heads, N image places, T text places, V vocabulary.
 Read on in objectives.py, which trains it, and decode.py, which draws with it.
 """
@@ -15,20 +18,36 @@ from nanomagvlt.config import Config
 from nanomagvlt.sequence import SPECIAL_TOKENS, Layout, Sequence
 
 
+Cache = list[tuple[Tensor, Tensor]]  # keys and values (B, H, L, D/H) of each block
+
+
 class Attention(nn.Module):
     """Multi-head attention over everything that is real, but for BOT's row: softmax(Q K^T / sqrt(head size)) V."""
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.heads, self.dropout = cfg.heads, cfg.dropout
+        self.heads, self.dropout, self.is_causal = cfg.heads, cfg.dropout, cfg.model == "argvlt"
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
         self.proj = nn.Linear(cfg.width, cfg.width)
 
-    def forward(self, x: Tensor, is_valid: Tensor, where: Layout) -> Tensor:
-        """x (B, L, D), is_valid (B, L) bool -> (B, L, D)."""
+    def forward(self, x: Tensor, is_valid: Tensor, where: Layout, start: int = 0,
+                kept: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (B, L, D), is_valid (B, L) bool -> (B, L, D).
+
+        If causal, x may be a part of the sequence, from place `start` on: what was read before is then in `kept`, keys
+        and values, which gain x's.
+        """
         b, l, d = x.shape
         q, k, v = self.qkv(x).view(b, l, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, L, D/H) each
         dropout = self.dropout if self.training else 0.0
+        if self.is_causal:
+            if kept is not None:
+                kept[0][:, :, start:start + l], kept[1][:, :, start:start + l] = k, v
+                k, v = kept
+            place = torch.arange(k.shape[2], device=x.device)
+            may_attend = is_valid[:, None, None, :k.shape[2]] & (place <= place[start:start + l, None])
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, dropout_p=dropout)
+            return self.proj(y.transpose(1, 2).reshape(b, l, d))                                 # (B, L, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=is_valid[:, None, None, :], dropout_p=dropout)
         if not where.bot_sees_all:
             # One row of L sees less than the others. A (B, L, L) mask for its sake would cost L times the memory,
@@ -51,8 +70,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(cfg.width, 4 * cfg.width), nn.GELU(), nn.Linear(4 * cfg.width, cfg.width))
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, is_valid: Tensor, where: Layout) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), is_valid, where))
+    def forward(self, x: Tensor, is_valid: Tensor, where: Layout, start: int = 0,
+                kept: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), is_valid, where, start, kept))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -70,7 +90,8 @@ class MAGVLT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.head = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.GELU(), nn.LayerNorm(cfg.width))
         self.output_bias = nn.Parameter(torch.zeros(cfg.codebook_size + cfg.text_vocab))
-        self.length = nn.Linear(cfg.width, t, bias=False)
+        self.length = nn.Linear(cfg.width, t, bias=False) if cfg.model == "magvlt" else None
+        self.segments = nn.Embedding(2, cfg.width) if cfg.segments else None
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=cfg.init_std)
@@ -86,27 +107,42 @@ class MAGVLT(nn.Module):
     def device(self) -> torch.device:
         return self.output_bias.device
 
-    def forward(self, seq: Sequence) -> Tensor:
-        """The states after the last block: (B, L, D). There is no LayerNorm after it."""
-        x = self.tokens(seq.token_ids) + self.places(seq.place_ids)                                # (B, L, D)
-        x = x + seq.is_masked[..., None] * self.places(seq.masked_ids)                             # (B, L, D)
-        for block in self.blocks:
-            x = block(x, seq.is_valid, seq.layout)
+    def forward(self, seq: Sequence, start: int = 0, stop: int | None = None, cache: Cache | None = None) -> Tensor:
+        """The states after the last block: (B, L, D). There is no LayerNorm after it.
+
+        If causal, places start:stop may be read alone; what is before them must be in the cache, if start > 0.
+        """
+        part = slice(start, stop)
+        x = self.tokens(seq.token_ids[:, part]) + self.places(seq.place_ids[part])                 # (B, L, D)
+        x = x + seq.is_masked[:, part, None] * self.places(seq.masked_ids[part])                   # (B, L, D)
+        if self.segments is not None:  # L-Verse's [REF] and [GEN]: before BOG, and from there on
+            half = torch.arange(seq.token_ids.shape[1], device=x.device) >= seq.layout.bog
+            x = x + self.segments(half[part].long())
+        for i, block in enumerate(self.blocks):
+            x = block(x, seq.is_valid, seq.layout, start, cache[i] if cache else None)
         return x
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        """Room for the keys and values of a whole sequence, a pair (B, H, L, D/H) for each block."""
+        shape = batch, self.cfg.heads, length, self.cfg.width // self.cfg.heads
+        return [(torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device)) for _ in self.blocks]
 
     def image_logits(self, states: Tensor, where: Layout) -> Tensor:
         """What may stand at each image place, by last states (B, L, D): (B, N, V_I)."""
-        return self._logits(states[:, where.image], slice(0, self.cfg.codebook_size))
+        return self.score(states[:, where.image], "image")
 
     def text_logits(self, states: Tensor, where: Layout) -> Tensor:
         """What may stand at each text place, by last states (B, L, D): (B, T, V_T)."""
-        return self._logits(states[:, where.text], slice(self.cfg.codebook_size, len(self.output_bias)))
+        return self.score(states[:, where.text], "text")
 
     def length_logits(self, states: Tensor, where: Layout) -> Tensor:
         """How long the caption is, by BOT's last state: (B, T); class i stands for length i + 1."""
         return self.length(states[:, where.bot])
 
-    def _logits(self, states: Tensor, vocabulary: slice) -> Tensor:
+    def score(self, states: Tensor, modality: str) -> Tensor:
+        """What may stand at places of one modality, by their states (B, N, D): (B, N, V)."""
+        split = self.cfg.codebook_size
+        vocabulary = slice(0, split) if modality == "image" else slice(split, len(self.output_bias))
         # Each modality is scored at its own places over its own part of the tied table: a head over all L places and
         # the whole vocabulary would cost a fifth of the forward pass and be thrown away.
         return F.linear(self.head(states), self.tokens.weight[vocabulary], self.output_bias[vocabulary])

@@ -29,6 +29,7 @@ from torch import Tensor
 from nanomagvlt import sequence
 from nanomagvlt.masking import gamma, lowest, num_masked, sample
 
+MAIN = "mask"  # the term that validation adds up over the tasks
 Uniform = Callable[..., Tensor]
 
 # image_tokens (B, N), text_tokens (B, T), text_lengths (B,); and for MixSel the tokens of the image squeezed to half

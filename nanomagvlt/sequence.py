@@ -48,6 +48,7 @@ class Layout:
     """Where things stand in the sequence of one task."""
     image: slice        # the N image places
     text: slice         # the T text places
+    bog: int            # BOG's place: there begins the half that is generated
     bot: int            # BOT's place: the length is read there
     bot_sees_all: bool  # False where the text comes last: BOT then does not look beyond itself
 
@@ -62,7 +63,7 @@ def layout(task: str, num_image: int, num_text: int) -> Layout:
         start += {"image": num_image, "text": num_text}.get(name, 1)
     return Layout(image=slice(begins["image"], begins["image"] + num_image),
                   text=slice(begins["text"], begins["text"] + num_text),
-                  bot=begins["BOT"], bot_sees_all=ORDER[task] == TEXT_FIRST)
+                  bog=begins["BOG"], bot=begins["BOT"], bot_sees_all=ORDER[task] == TEXT_FIRST)
 
 
 @dataclass

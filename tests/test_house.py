@@ -10,13 +10,13 @@ FILES = [*PACKAGE.values(), *ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
 
 MAY_IMPORT = {
     "config": "masking", "masking": "", "bpe": "", "shapes": "", "vqloss": "",
-    "sequence": "config", "vqgan": "config", "model": "config sequence",
+    "sequence": "config", "vqgan": "config", "argvlt": "sequence masking", "model": "config sequence",
     "objectives": "sequence masking", "decode": "sequence masking",
     "data": "bpe shapes", "checkpoint": "bpe config model vqgan",
     "metrics": "shapes data edit", "published": "bpe checkpoint config model vqgan",
     "clip": "bpe", "edit": "bpe data", "watch": "bpe data decode model sequence vqgan",
     "loop": "config", "vqtrain": "checkpoint config data loop model shapes vqgan vqloss",
-    "generate": "bpe checkpoint config data decode model published vqgan",
+    "generate": "argvlt bpe checkpoint config data decode model published sequence vqgan",
 }
 
 

@@ -1,0 +1,92 @@
+"""Chapter 9 - The counterpart: ARGVLT, the same transformer, but causal (section 4.1, appendix A).
+
+What the paper compares MAGVLT with. The sequence is laid out the same way, nothing is masked, and every place sees only
+what stands before it: so it learns to say what comes next, and draws and writes one token after the other. t2i draws
+the image after the text, i2t writes the text after the image; there is no it2it, no length to be guessed (the end token
+is one of the tokens), and of an image that is partly given only what stands to the left can be seen.
+
+The state at a place guesses the token of the next place. So that the same heads can be used, states are moved one place
+to the right: next_states[j] is what the place before j says about j.
+
+Shapes: B batch, N image places, T text places, L sequence, V vocabulary, D width. Read on in shapes.py.
+"""
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nanomagvlt import sequence
+from nanomagvlt.masking import sample
+
+MAIN = "generated"  # the term that validation adds up over the tasks
+
+
+def total_loss(terms: dict[str, Tensor], task: str, cfg) -> Tensor:
+    """The loss over the whole sequence (appendix A): 0.9 on what is generated, 0.1 on the condition."""
+    return 0.9 * terms["generated"] + 0.1 * terms["condition"]
+
+
+def loss_terms(model, task: str, batch: dict[str, Tensor], uniform) -> Iterator[dict[str, Tensor]]:
+    """The next-token cross entropies of the generated and of the given half, means over their real tokens.
+
+    As objectives.loss_terms(); `uniform` is not needed. Raises ValueError for it2it.
+    """
+    if task == "it2it":
+        raise ValueError("a causal model has no it2it: give task_weights with 0 as their last")
+    seq = whole_sequence(task, model.cfg, batch["image_tokens"], batch["text_tokens"], batch["text_lengths"])
+    states = next_states(model(seq))                                                                 # (B, L, D)
+    image = cross_entropy(model.image_logits(states, seq.layout), batch["image_tokens"],
+                          torch.ones_like(batch["image_tokens"], dtype=torch.bool))
+    text = cross_entropy(model.text_logits(states, seq.layout), batch["text_tokens"],
+                         seq.is_valid[:, seq.layout.text])
+    yield {"generated": image, "condition": text} if task == "t2i" else {"generated": text, "condition": image}
+
+
+def whole_sequence(task: str, cfg, image_tokens: Tensor, text_tokens: Tensor, lengths: Tensor) -> sequence.Sequence:
+    """Image and text with nothing masked."""
+    return sequence.build(task, cfg, image_tokens, torch.zeros_like(image_tokens, dtype=torch.bool),
+                          text_tokens, torch.zeros_like(text_tokens, dtype=torch.bool), lengths)
+
+
+def next_states(states: Tensor) -> Tensor:
+    """States (B, L, D) one place to the right. The first place, BOC, is asked nothing."""
+    return states.roll(1, dims=1)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, is_scored: Tensor) -> Tensor:
+    """Mean over the scored places of the batch: logits (B, N, V), targets (B, N), is_scored (B, N) bool."""
+    total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.masked_fill(~is_scored, -100).flatten(),
+                                              ignore_index=-100, reduction="sum")
+    return total / is_scored.sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+@torch.no_grad()
+def generate(model, task: str, image_tokens: Tensor, text_tokens: Tensor, lengths: Tensor, to_fill: Tensor,
+             generator: torch.Generator, temperature: float = 1.0, top_k: int = 0, use_cache: bool = True) -> Tensor:
+    """Fills the places to_fill of the generated half one by one: image tokens (B, N) in t2i, text tokens (B, T) in i2t.
+    What is not to be filled is given, and seen by what stands to its right.
+
+    In i2t a row is over with its first end token: end tokens follow. lengths (B,) are those of the condition in t2i; in
+    i2t, how far the text may go. The keys and values of all that has been read are kept, in tensors that are as large as the
+    sequence from the start (use_cache), or worked out again for every token, for comparison: the tokens are the same.
+    All randomness is drawn beforehand, row after row.
+    """
+    cfg, is_image = model.cfg, task == "t2i"
+    seq = whole_sequence(task, cfg, image_tokens, text_tokens, lengths)
+    half, first_id, end = ((seq.layout.image, 0, -1) if is_image else
+                           (seq.layout.text, cfg.codebook_size, cfg.text_vocab - 1))      # an image has no end token
+    batch, count = to_fill.shape
+    uniform = torch.rand(batch, count, generator=generator).to(to_fill.device)                       # (B, N) or (B, T)
+    is_over = torch.zeros(batch, dtype=torch.bool, device=to_fill.device)                            # (B,)
+    cache, read = model.new_cache(batch, seq.token_ids.shape[1]) if use_cache else None, 0
+    for i in range(count):
+        place = half.start + i
+        states = model(seq, read, place, cache)                                 # of what stands before place
+        read = place if use_cache else 0
+        logits = model.score(states[:, -1:], "image" if is_image else "text") / temperature          # (B, 1, V)
+        token = sample(logits, uniform[:, i:i + 1], top_k)[0][:, 0].masked_fill(is_over, end)        # (B,)
+        seq.token_ids[:, place] = torch.where(to_fill[:, i], token + first_id, seq.token_ids[:, place])
+        is_over = is_over | (seq.token_ids[:, place] == first_id + end)
+    return seq.token_ids[:, half] - first_id
