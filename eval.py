@@ -6,7 +6,6 @@
   bpe       how fast captions are encoded, beside CLIP's own algorithm: python eval.py bpe --captions FILE
 """
 import html
-import json
 import random
 import re
 import time
@@ -19,8 +18,10 @@ import ftfy
 from nanomagvlt import checkpoint, metrics, published, shapes
 from nanomagvlt.bpe import BPE, BYTE_TO_SYMBOL, CLIP_WORDS, to_symbols
 from nanomagvlt.config import Parser
+from nanomagvlt.data import write_json
 from nanomagvlt.generate import Generator, load_generator
-from nanomagvlt.masking import ORDERS
+from nanomagvlt.masking import ORDERS, SCHEDULES
+from nanomagvlt.sequence import TASKS
 
 
 def scenes(args) -> None:
@@ -41,25 +42,30 @@ def edit(args) -> None:
     for name, what in (("object_inpainted", "an object inpainted"), ("centre_inpainted", "the centre inpainted"),
                        ("t2i", "all drawn (T2I)"), ("object_infilled", "a noun phrase infilled"),
                        ("centre_infilled", "the middle words infilled"), ("i2t", "all written (I2T)")):
-        print(f"{what:28}{results[name]}")
+        print(f"{what:28}{results[name]}")  # "without": the other half is then made together with it (it2it)
         if f"{name}_without" in results:
             print(f"{'  the other half withheld':28}{results[f'{name}_without']}")
     save(args, metrics.as_json(results))
 
 
 def sweep(args) -> None:
-    """Exact accuracy of drawings and captions for several numbers of steps and every order of revealing."""
+    """Exact accuracy of drawings and captions against decoding steps, for every order, and then for every schedule."""
     generator, level = small_world(args)
-    steps, table = (1, 2, 4, 8, 12, 16), []
-    print(f"{'order':12}{'':8}" + "".join(f"K = {k:<6}" for k in steps))
-    for order in ORDERS:
-        rows = [metrics.evaluate_scenes(
-                    generator.with_settings(image_order=order, text_order=order, image_steps=k, text_steps=k),
-                    level, args.num_scenes, args.phrasings, args.seed) for k in steps]
-        for task in ("t2i", "i2t"):
-            print(f"{order:12}{task:8}" + "".join(f"{row[f'{task}_exact'].value:<10.3f}" for row in rows))
-        table += [{"order": order, "steps": k, "t2i": row["t2i_exact"].value, "i2t": row["i2t_exact"].value}
-                  for k, row in zip(steps, rows)]
+    steps = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= generator.cfg.image_tokens]
+    variants = [("order", order) for order in ORDERS] + [("schedule", schedule) for schedule in SCHEDULES]
+    table = []
+    print(f"{'':22}{'':8}" + "".join(f"K = {k:<11}" for k in steps) + "\n" + 30 * " " + "exact, half of a 95% interval")
+    for kind, name in variants:
+        rows = []
+        for k in steps:
+            chosen = generator.with_settings(image_steps=k, text_steps=k,
+                                             **{f"{modality}_{kind}": name for modality in ("image", "text")})
+            rows.append(metrics.evaluate_scenes(chosen, level, args.num_scenes, args.phrasings, args.seed))
+            table.append({kind: name, "steps": k, **metrics.as_json({t: rows[-1][f"{t}_exact"] for t in TASKS[:2]})})
+        for task in TASKS[:2]:
+            shares = [row[f"{task}_exact"] for row in rows]
+            print(f"{kind} {name:{21 - len(kind)}}{task:8}"
+                  + "".join(f"{s.value:.3f} +-{(s.high - s.low) / 2:<6.2f}" for s in shares))
     save(args, table)
 
 
@@ -78,7 +84,7 @@ def small_world(args) -> tuple[Generator, shapes.Level]:
 def save(args, results) -> None:
     """Writes what was measured, if --out says where."""
     if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(args.out, results)
         print(f"-> {args.out}")
 
 
@@ -157,6 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     for flag in ("num_scenes", "phrasings"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    if args.out and not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
     try:
         WHAT[args.what](args)
     except ValueError as error:

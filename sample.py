@@ -4,9 +4,14 @@
   python sample.py --image photo.png                                     captions it, several times
   python sample.py --image photo.png --prompt "a blue square"            makes the centre anew (inpainting), or
       --region 0,0,16,16 or --mask FILE.png or --keep 0.5                this box, what is white, half of the tokens
+      --region 8,8,24,24 --outside                                       all but this box (outpainting)
   python sample.py --image photo.png --text "a [MASK] circle [MASK:3]"   fills in the missing tokens (infilling)
   python sample.py --together                                            an image and its caption from nothing, or from
                                                                          --image with a region, or --text with [MASK]
+  python sample.py --prompt "..." --candidates 32 --clip ViT-B-32.pt     keeps the best 8, as CLIP judges; or --judge
+  python sample.py --prompt "..." --guidance 3                           goes away from what has no prompt at all
+  python sample.py --prompt "..." --steps 8 --order halton --schedule square
+  python sample.py --prompt "a red circle" --trace --attention circle    shows every step, and what looked at a word
 """
 import time
 from pathlib import Path
@@ -15,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nanomagvlt import checkpoint, clip, decode, edit, published, sequence, shapes, watch
+from nanomagvlt import checkpoint, clip, decode, edit, published, shapes, watch
 from nanomagvlt.bpe import BPE, clean_written
 from nanomagvlt.config import Parser
 from nanomagvlt.data import BadSample, encode_captions, keyed_generator, open_image, square
@@ -40,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--region", type=box, help="a box x0,y0,x1,y1 in its pixels")
     group.add_argument("--mask", type=Path, help="an image file of its size, white where it is made anew")
     group.add_argument("--keep", type=float, help="a random share of tokens to keep, in [0, 1)")
+    group.add_argument("--outside", action="store_true", help="not what --region or --mask says, but all else")
     group.add_argument("--blend", action="store_true", help="blend the edges of the old and the new")
     group = parser.add_argument_group("how to decode (defaults: the checkpoint's)")
     group.add_argument("--steps", type=int, help="decoding steps K")
@@ -86,6 +92,7 @@ def nonsense(args) -> list[tuple[bool, str]]:
     draws = args.prompt is not None
     part = [f"--{name}" for name in ("region", "mask", "keep") if getattr(args, name) is not None]
     chooses = [f"--{name}" for name in ("clip", "judge") if getattr(args, name)]
+    shows = [f"--{name}" for name in ("trace", "attention") if getattr(args, name)]
     return [
         (not (draws or args.image or args.text is not None or args.together),
          'give --prompt "..." to draw, --image FILE to caption, or see --help for more'),
@@ -98,12 +105,16 @@ def nonsense(args) -> list[tuple[bool, str]]:
         (bool(part) and not (draws or args.together),
          f'{"".join(part[:1])} wants --prompt "...", what is to be seen then, or --together'),
         (args.keep is not None and not 0 <= args.keep < 1, f"--keep {args.keep}: must lie in [0, 1)"),
+        (args.outside and not (args.region or args.mask), "--outside wants the --region or --mask it is outside of"),
         (args.blend and not (args.image and draws), "--blend wants an --image and a --prompt"),
         (args.guidance is not None and not draws, "--guidance is for drawings: give --prompt"),
         (args.attention is not None and not draws, "--attention shows what drawings look at: give --prompt"),
         (args.candidates is not None and args.candidates < args.num_samples,
          f"--candidates {args.candidates}: must be at least --num-samples {args.num_samples}"),
-        (args.candidates is not None and len(chooses) != 1, "--candidates wants who chooses: --clip FILE or --judge"),
+        (len(chooses) > 1, "--clip and --judge: give one of them"),
+        (args.candidates is not None and not chooses, "--candidates wants who chooses: --clip FILE or --judge"),
+        (args.candidates is not None and bool(shows), f"{''.join(shows[:1])} shows the first: leave --candidates out"),
+        (args.clean and (draws or args.together or args.text is not None), "--clean is for whole captions, of --image"),
         (args.candidates is None and bool(chooses), f"{''.join(chooses[:1])} chooses among --candidates: give them"),
         (args.candidates is not None and (args.together or args.text is not None),
          "--candidates is for drawings and captions"),
@@ -114,10 +125,13 @@ def nonsense(args) -> list[tuple[bool, str]]:
 def sample(args) -> None:
     """Does what main() has understood. Raises ValueError, OSError or BadSample before anything is written."""
     path = args.checkpoint or checkpoint.newest()
+    if not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
     generator = load_generator(path, args.device, args.bpe, args.heads, args.sha256)
-    if args.guidance not in (None, 1) and not generator.cfg.condition_dropout:
-        raise ValueError(f"--guidance {args.guidance}: {path} was trained without --condition-dropout, so it does not "
-                         "know what a picture of nothing in particular looks like")
+    if generator.cfg.model == "argvlt" and (args.together or args.trace or args.attention or args.order
+                                            or args.schedule or args.steps):
+        raise ValueError(f"{path} is an ARGVLT, which makes one token after the other: it has no --steps, --order, "
+                         "--schedule, --trace, --attention or --together")
     generator = generator.with_settings(**decoding_settings(args))
     chooser = read_chooser(args, generator)
     chance = keyed_generator("sample", args.seed)
@@ -140,30 +154,41 @@ def decoding_settings(args) -> dict:
         settings["image_temperature"] = (args.temperature, args.temperature)
     if args.temperature is not None and args.prompt is None:
         settings["text_temperature"] = args.temperature
+    if args.temperature is not None:
+        settings["argvlt_temperature"] = args.temperature
     return settings if args.guidance is None else {**settings, "guidance": args.guidance}
 
 
 def read_chooser(args, generator: Generator):
-    """The function that says how well pictures (B, S, S, 3) and texts go together, (B,), or None."""
+    """The function that says how well each of several pictures (B, S, S, 3) and one text, or one picture and several
+    texts, go together: (B,), higher is better. None if nobody chooses."""
     if args.judge and not generator.cfg.data.startswith("shapes:"):
         raise ValueError("--judge judges shapes only: give --clip FILE")
+    if args.judge and args.prompt is not None and shapes.parse(args.prompt) is None:
+        raise ValueError(f"--judge does not understand {args.prompt!r}: say it as the captions of shapes do")
     if args.judge:
         level = shapes.get_level(generator.cfg.data.removeprefix("shapes:"))
 
         def judge(pictures: np.ndarray, texts: list[str]) -> np.ndarray:
-            readings = shapes.read_images(pictures, level)
-            verdicts = [shapes.judge(shapes.parse(text), reading.scene) for text, reading in zip(texts, readings)]
-            return np.array([v.right / max(1, v.total) + (v.exact and reading.is_clean)
-                             for v, reading in zip(verdicts, readings)])
+            pairs = [(reading, shapes.judge(shapes.parse(text), reading.scene))
+                     for reading in shapes.read_images(pictures, level) for text in texts]
+            return np.array([1.0 if v.exact and reading.is_clean else 0.99 * v.right / max(1, v.total)
+                             for reading, v in pairs])
         return judge
     if args.clip:
+        if not args.bpe.is_file():
+            raise ValueError(f"{args.bpe}: there is no such file; python data/download.py clip-bpe fetches it")
         model, bpe = clip.load_clip(args.clip).to(generator.device), BPE.load(args.bpe)
+        if bpe.vocab_size != model.vocab_size:
+            raise ValueError(f"{args.bpe} has {bpe.vocab_size} tokens, {args.clip} {model.vocab_size}: give its merges")
 
         @torch.inference_mode()
         def cosine(pictures: np.ndarray, texts: list[str]) -> np.ndarray:
             pixels = clip.preprocess(pictures, model.resolution).to(generator.device)
             tokens = clip.tokenize(bpe, texts, model.context_length).to(generator.device)
-            return model.similarity(model.encode_image(pixels), model.encode_text(tokens)).diagonal().cpu().numpy()
+            images = torch.cat([model.encode_image(part) for part in pixels.split(64)])
+            words = torch.cat([model.encode_text(part) for part in tokens.split(64)])
+            return model.similarity(images, words).flatten().cpu().numpy()
         return cosine
 
 
@@ -174,38 +199,45 @@ def read_image(path: Path) -> Image.Image:
         raise BadSample(f"{path}: {reason}") from None
 
 
-def places_to_fill(args, count: int, generator: Generator, image: Image.Image,
-                   chance: torch.Generator) -> torch.Tensor:
+def places_to_fill(args, count: int, grid: int, image: Image.Image) -> torch.Tensor:
     """Which image tokens are made anew, (count, N) bool. Raises ValueError."""
-    cfg = generator.cfg
-    if args.keep is not None:
-        return edit.random_places(cfg.image_tokens, 1 - args.keep, count, chance)
-    places = edit.centre_places(cfg.grid)
+    if args.keep is not None:  # chance of its own: what is drawn there does not depend on how many are drawn
+        return edit.random_places(grid ** 2, 1 - args.keep, count, keyed_generator("keep", args.seed))
+    places = edit.centre_places(grid)
     if args.region:
-        places = edit.mask_to_places(edit.region(image.size, args.region), cfg.image_size, cfg.grid)
+        places = edit.mask_to_places(edit.region(image.size, args.region), grid)
     if args.mask:
         mask = read_image(args.mask)
+        if Image.open(args.mask).has_transparency_data:
+            raise ValueError(f"{args.mask} has transparent places: give a mask in black and white")
         if mask.size != image.size:
             raise ValueError(f"{args.mask} is {mask.size[0]} x {mask.size[1]} pixels, {args.image} "
                              f"{image.size[0]} x {image.size[1]}: they must have one size")
-        places = edit.mask_to_places(mask, cfg.image_size, cfg.grid)
+        places = edit.mask_to_places(mask, grid)
+    if args.outside:
+        places = ~places
     if not places.any():
-        raise ValueError("nothing is to be made anew: the mask has no white within the square that is read")
+        raise ValueError("nothing is to be made anew within the square that is read: give another region or mask")
     return places.expand(count, -1)
 
 
 def make_pictures(args, generator: Generator, chance: torch.Generator, chooser) -> None:
     """Draws the prompt or, in a given image, a part of it."""
-    most, count = generator.cfg.text_length, args.candidates or args.num_samples
-    if len(generator.bpe.encode(args.prompt)) > most:
-        print(f"the prompt is longer than {most} tokens: only the first {most} are read")
-    keys = None if args.attention is None else edit.word_places(generator.bpe, args.prompt, args.attention)
+    cfg, count = generator.cfg, args.candidates or args.num_samples
+    prompt_tokens, prompt_length = encode_captions(generator.bpe, [args.prompt], cfg.text_length)
+    words = range(0) if args.attention is None else edit.word_places(generator.bpe, args.prompt, args.attention)
+    if words.stop > prompt_length:
+        raise ValueError(f"--attention {args.attention}: only {cfg.text_length} tokens of the prompt are read")
+    if len(generator.bpe.encode(args.prompt)) > cfg.text_length:
+        print(f"the prompt is longer than {cfg.text_length} tokens: only the first {cfg.text_length} are read")
     known, to_fill, original = None, None, None
     if args.image:
         picture = read_image(args.image)
-        to_fill = places_to_fill(args, count, generator, picture, chance)
-        original = square(picture, generator.cfg.image_size)
+        to_fill = places_to_fill(args, count, cfg.grid, picture)
+        original = square(picture, cfg.image_size)
         known = generator.image_to_tokens(np.stack([original])).expand(count, -1)
+        print(f"{int(to_fill[0].sum())} of {cfg.image_tokens} tokens are made anew")
+
     started = time.monotonic()
     image_tokens, trace = generator.draw_tokens([args.prompt] * count, chance, known, to_fill)
     pictures = generator.tokens_to_image(image_tokens)
@@ -214,46 +246,57 @@ def make_pictures(args, generator: Generator, chance: torch.Generator, chooser) 
         pictures = edit.blend(original, pictures, to_fill)
     labels = [""] * count
     if chooser:
-        scores = chooser(pictures, [args.prompt] * count)
+        scores = chooser(pictures, [args.prompt])
         best = np.argsort(-scores, kind="stable")[:args.num_samples]
         pictures, labels = pictures[best], [f"{scores[i]:.3f}" for i in best]
-    sheet = contact_sheet(pictures, labels) if len(pictures) > 1 else Image.fromarray(pictures[0])
-    sheet.save(args.out, format="PNG")
-    print(f"{count} x {args.prompt!r} -> {args.out} ({seconds:.2f} s a picture)")
-    if args.trace:
-        save_film(args.out, generator, trace)
-    if keys is not None:
-        tokens, lengths = (x.to(generator.device) for x in encode_captions(generator.bpe, [args.prompt], most))
-        seq = sequence.build("t2i", generator.cfg, trace[-1].tokens[:1], trace[-1].is_masked[:1], tokens,
-                             torch.zeros_like(tokens, dtype=torch.bool), lengths)
-        maps = watch.attention_maps(generator.model, seq, keys)[:, 0]
-        path = args.out.with_name(f"{args.out.stem}-attention.png")
-        watch.attention_sheet(generator.tokens_to_image(trace[-1].tokens[:1])[0], maps).save(path)
-        print(f"how much {args.attention!r} is looked at, block by block -> {path}")
+        print(f"the best {len(best)} of {count}: {', '.join(labels)}")
+    sheets = {args.out: contact_sheet(pictures, labels) if len(pictures) > 1 else Image.fromarray(pictures[0])}
+    films = film_sheets(args, generator, trace) if args.trace else {}
+    if words:
+        steps = generator.tokens_to_image(torch.stack([step.tokens[0] for step in trace]))
+        tokens, length = prompt_tokens.to(generator.device), prompt_length.to(generator.device)
+        maps = watch.attention_maps(generator.model, trace, tokens, length, words)
+        sheets[beside(args.out, "attention.png")] = watch.attention_sheet(steps, maps)
+    save(sheets, films)
+    print(f"{count} x {args.prompt!r} ({seconds:.2f} s a picture)")
 
 
-def save_film(out: Path, generator: Generator, trace: list[decode.Step]) -> None:
-    strip, frames = watch.film(generator.vqgan, trace)
-    png, gif = (out.with_name(f"{out.stem}-steps{ending}") for ending in (".png", ".gif"))
-    strip.save(png)
-    frames[0].save(gif, save_all=True, append_images=frames[1:], duration=400, loop=0)
-    print(f"the first, step by step -> {png}, {gif}")
+def beside(out: Path, name: str) -> Path:
+    """samples.png, steps.gif -> samples-steps.gif."""
+    return out.with_name(f"{out.stem}-{name}")
+
+
+def film_sheets(args, generator: Generator, trace: list[decode.Step]) -> dict[Path, list[Image.Image]]:
+    """The decoding of the first picture as a strip and as an animation, by file."""
+    painted = generator.tokens_to_image(torch.stack([step.tokens[0] for step in trace]))
+    strip, frames = watch.film(painted, trace)
+    return {beside(args.out, "steps.png"): [strip], beside(args.out, "steps.gif"): frames}
+
+
+def save(sheets: dict[Path, Image.Image], films: dict[Path, list[Image.Image]]) -> None:
+    """Writes all pictures, now that all are made."""
+    for path, sheet in sheets.items():
+        sheet.save(path, format="PNG")
+    for path, frames in films.items():
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=400, loop=0)
+    print("-> " + ", ".join(map(str, [*sheets, *films])))
 
 
 def make_captions(args, generator: Generator, chance: torch.Generator, chooser) -> None:
     """Captions an image or, in a given text, fills in what is missing."""
-    count = args.candidates or args.num_samples
-    picture = square(read_image(args.image), generator.cfg.image_size)
-    image_tokens = generator.image_to_tokens(np.stack([picture])).expand(count, -1)
+    count, cfg = args.candidates or args.num_samples, generator.cfg
+    picture = np.stack([square(read_image(args.image), cfg.image_size)])                             # (1, S, S, 3)
     known = ()
     if args.text is not None:
-        known = edit.read_masked_text(args.text, generator.bpe, generator.cfg.text_length)
-        known = tuple(x.expand(count, *x.shape) for x in known)
-    text_tokens, lengths, trace = generator.write_tokens(image_tokens, chance, *known)
-    captions = generator.read_texts(text_tokens, lengths)
+        text_tokens, length, to_fill = edit.read_masked_text(args.text, generator.bpe, cfg.text_length)
+        known = text_tokens.expand(count, -1), length.expand(count), to_fill.expand(count, -1)
+    text_tokens, lengths, trace = generator.write_tokens(generator.image_to_tokens(picture).expand(count, -1), chance,
+                                                         *known)
+    captions = generator.read_texts(text_tokens, lengths, cut=args.text is None)
     if chooser:
-        scores = chooser(np.stack([picture] * count), captions)
-        captions = [captions[i] for i in np.argsort(-scores, kind="stable")[:args.num_samples]]
+        scores = chooser(picture, captions)
+        best = np.argsort(-scores, kind="stable")[:args.num_samples]
+        captions = [f"{captions[i]}  ({scores[i]:.3f})" for i in best]
     for caption in map(clean_written, captions) if args.clean else captions:
         print(printable(caption))
     if args.trace:
@@ -267,20 +310,21 @@ def printable(text: str) -> str:
 
 def make_pairs(args, generator: Generator, chance: torch.Generator) -> None:
     """Draws images and writes their captions at once, from nothing or from a part of each."""
-    known_image, known_text = None, None
+    cfg, count, known_image, known_text = generator.cfg, args.num_samples, None, None
     if args.image:
         picture = read_image(args.image)
-        to_fill = places_to_fill(args, args.num_samples, generator, picture, chance)
-        tokens = generator.image_to_tokens(np.stack([square(picture, generator.cfg.image_size)]))
-        known_image = tokens.expand(args.num_samples, -1), to_fill
+        tokens = generator.image_to_tokens(np.stack([square(picture, cfg.image_size)]))
+        known_image = tokens.expand(count, -1), places_to_fill(args, count, cfg.grid, picture)
     if args.text is not None:
-        known = edit.read_masked_text(args.text, generator.bpe, generator.cfg.text_length)
-        known_text = tuple(x.expand(args.num_samples, *x.shape) for x in known)
-    pictures, captions, trace = generator.make_pairs(args.num_samples, chance, known_image, known_text)
-    contact_sheet(pictures, [printable(caption) for caption in captions]).save(args.out, format="PNG")
-    print("\n".join(map(printable, captions)) + f"\n-> {args.out}")
+        text_tokens, length, to_fill = edit.read_masked_text(args.text, generator.bpe, cfg.text_length)
+        known_text = text_tokens.expand(count, -1), length.expand(count), to_fill.expand(count, -1)
+    image_tokens, text_tokens, lengths, (image, text) = generator.make_pairs(count, chance, known_image, known_text)
+    captions = generator.read_texts(text_tokens, lengths, cut=args.text is None)
+    save({args.out: contact_sheet(generator.tokens_to_image(image_tokens), list(map(printable, captions)))},
+         film_sheets(args, generator, image.trace) if args.trace else {})
+    print("\n".join(map(printable, captions)))
     if args.trace:
-        save_film(args.out, generator, trace)
+        print("the first, step by step:\n" + printable(watch.text_table(generator.bpe, text.trace, int(lengths[0]))))
 
 
 if __name__ == "__main__":

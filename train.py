@@ -162,7 +162,7 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, c
     terms = {}
     method, numbers = method_of(cfg), partial(uniform, model.device, cfg.batch_size, cfg.seed, step)
     for of_a_pass in method.loss_terms(model, task, batch, numbers):
-        method.total_loss(of_a_pass, task, cfg).backward()  # a sum's gradient is that of its parts: one graph lives at a time
+        method.total_loss(of_a_pass, task, cfg).backward()  # a sum's gradient is its parts': one graph lives at a time
         terms |= {name: term.detach() for name, term in of_a_pass.items()}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
     optimizer.step()

@@ -69,8 +69,8 @@ def generate(model, task: str, image_tokens: Tensor, text_tokens: Tensor, length
     What is not to be filled is given, and seen by what stands to its right.
 
     In i2t a row is over with its first end token: end tokens follow. lengths (B,) are those of the condition in t2i; in
-    i2t, how far the text may go. The keys and values of all that has been read are kept, in tensors that are as large as the
-    sequence from the start (use_cache), or worked out again for every token, for comparison: the tokens are the same.
+    i2t, how far the text may go. The keys and values of all that has been read are kept (use_cache), in tensors as
+    large as the sequence from the start, or worked out again for every token, for comparison: the tokens are the same.
     All randomness is drawn beforehand, row after row.
     """
     cfg, is_image = model.cfg, task == "t2i"

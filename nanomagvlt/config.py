@@ -151,6 +151,8 @@ class Config:
              f"image_steps {self.image_steps} must lie in 1..{self.image_tokens}, the number of image tokens"),
             (self.model == "argvlt" and (self.task_weights[2:] != (0.0,) or self.unroll_mask or self.mixsel != "off"),
              "model argvlt has no it2it, no UnrollMask and no MixSel: give task_weights with 0 as their last"),
+            (self.guidance != 1 and not self.condition_dropout,
+             f"guidance {self.guidance} wants a model trained with condition_dropout, that knows the empty caption"),
             (self.segments and self.model != "argvlt", "segments are for model argvlt"),
             (self.mixsel != "off" and self.batch_size < 2, "mixsel wants at least two pairs a batch: see batch_size"),
             (self.mixsel != "off" and not 1 <= self.mixsel_separators <= self.text_length - 3,
@@ -174,19 +176,21 @@ class Config:
             (not 0 < self.lr_fall <= 1, f"lr_fall {self.lr_fall} must lie in (0, 1]"),
             (min(self.lr, self.vq_lr) <= 0, f"lr {self.lr} and vq_lr {self.vq_lr} must be > 0"),
         ]
-        at_least_one = ("pairs image_size text_length text_bucket codebook_size codebook_dim vq_channels vq_latent "
-                        "vq_groups vq_images vq_batch vq_critic_channels layers width heads batch_size text_steps "
-                        "log_every eval_every sample_every save_every")
         problems += [(getattr(self, name) < 1, f"{name} {getattr(self, name)} must be at least 1")
-                     for name in at_least_one.split()]
+                     for name in AT_LEAST_ONE]
         for is_wrong, message in problems:
             if is_wrong:
                 raise ValueError(message)
         return self
 
 
+AT_LEAST_ONE = ("pairs image_size text_length text_bucket codebook_size codebook_dim vq_channels vq_latent vq_groups "
+                "vq_images vq_batch vq_critic_channels layers width heads batch_size text_steps log_every eval_every "
+                "sample_every save_every").split()
+
 # What the settings that are words may say.
-CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"), "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
+CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"),
+           "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
            "length_pass": ("own", "main"), "position_start": ("normal", "waves"),
            "image_order": ORDERS, "text_order": ORDERS, "image_schedule": SCHEDULES, "text_schedule": SCHEDULES}
 

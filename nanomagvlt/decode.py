@@ -13,15 +13,14 @@ They want a model in eval() mode.
 
 Shapes: B batch, N places, K decoding steps, V vocabulary, T text places. Read on in vqgan.py.
 """
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nanomagvlt import sequence
-from nanomagvlt.masking import decoding_counts, lowest, order_scores, sample
+from nanomagvlt.masking import decoding_counts, halton_rank, lowest, order_scores, sample
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,22 @@ class Step:
 @dataclass
 class Canvas:
     """One modality on its way from hidden to known. Places that are not to be filled are never touched."""
-    tokens: Tensor      # (B, N) long
+    tokens: Tensor      # (B, N) long; what stands where it is to be filled does not matter
     to_fill: Tensor     # (B, N) bool
     recipe: Recipe
+    is_masked: Tensor = field(init=False)    # (B, N) bool: hidden now
+    confidence: Tensor = field(init=False)   # (B, N) log p of each token when it was last sampled
+    counts: Tensor = field(init=False)       # (N + 1, K) how many are masked before each step, if 0..N are to be filled
+    halton: Tensor = field(init=False)       # (N,) the places' rank in the Halton sequence
+    trace: list[Step] = field(init=False)
 
-    def __post_init__(self):
-        self.is_masked = self.to_fill                                                                # (B, N)
-        self.confidence = torch.zeros(self.tokens.shape, device=self.tokens.device)                  # (B, N)
-        self.trace: list[Step] = []
+    def begin(self) -> None:
+        """All that is to be filled is hidden. What steps need is worked out here, on the CPU, so that none waits."""
+        n, recipe, device = self.tokens.shape[1], self.recipe, self.tokens.device
+        self.is_masked, self.trace = self.to_fill, []
+        self.confidence = torch.zeros(self.tokens.shape, device=device)
+        self.counts = decoding_counts(torch.arange(n + 1), recipe.steps, recipe.schedule, recipe.can_remask).to(device)
+        self.halton = halton_rank(recipe.rows, n // recipe.rows).to(device)
 
 
 def image_recipe(cfg) -> Recipe:
@@ -80,11 +87,15 @@ def decode(guess: Callable[[list[Canvas]], list[Tensor]], canvases: list[Canvas]
 
     guess(canvases) -> logits (B, N, V) of each, from its tokens and is_masked. All randomness is drawn from the
     generator (a CPU one) beforehand, row after row, so the first row of a batch is the single sample of the same seed.
-    Raises ValueError where an image has fewer places to fill than there are steps.
+    Raises ValueError where an image has fewer places to fill than there are steps, or canvases differ in steps.
     """
     batch, k_steps = len(canvases[0].tokens), canvases[0].recipe.steps
     for canvas in canvases:
+        canvas.begin()
         fewest = canvas.to_fill.sum(1).min()
+        if canvas.recipe.steps != k_steps:
+            raise ValueError(f"canvases that are filled together want one number of steps, not {k_steps} and "
+                             f"{canvas.recipe.steps}")
         if not canvas.recipe.can_remask and k_steps > fewest:
             raise ValueError(f"{k_steps} decoding steps, but only {fewest} tokens to reveal: take fewer steps")
     sizes = [k_steps * 2 * canvas.tokens.shape[1] for canvas in canvases]
@@ -104,9 +115,9 @@ def take_step(canvas: Canvas, logits: Tensor, k: int, uniform: Tensor) -> None:
     canvas.confidence = torch.where(canvas.is_masked, p.clamp(min=recipe.floor).log(), canvas.confidence)
     canvas.trace.append(Step(canvas.is_masked, canvas.tokens, canvas.confidence))
     if k < last:
-        scores = order_scores(recipe.order, canvas.confidence, noise, uniform[:, 1], recipe.rows)    # (B, N)
-        counts = decoding_counts(canvas.to_fill.sum(1), recipe.steps, recipe.schedule, recipe.can_remask)
-        canvas.is_masked = lowest(scores, counts[:, k + 1], canvas.to_fill if recipe.can_remask else canvas.is_masked)
+        scores = order_scores(recipe.order, canvas.confidence, noise, uniform[:, 1], canvas.halton)  # (B, N)
+        count = canvas.counts[canvas.to_fill.sum(1), k + 1]                                          # (B,)
+        canvas.is_masked = lowest(scores, count, canvas.to_fill if recipe.can_remask else canvas.is_masked)
 
 
 def blank_image(cfg, batch: int, recipe: Recipe, device) -> Canvas:
@@ -177,18 +188,17 @@ def draw_pair(model, image: Canvas, text: Canvas, text_lengths: Tensor, generato
               keep_length: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Image and text together (appendix D): image tokens (B, N), text tokens (B, T), text lengths (B,).
 
-    text_lengths (B,) is where to begin; unless keep_length, it is read again after every step, from the image as far as
-    it is drawn. Text places that a longer text gains are masked, those that a shorter one loses are dropped. Both
-    canvases must have the same number of steps. The steps are in their traces.
+    text_lengths (B,) is where to begin. It is read again after every step, from the image as far as it is drawn: text
+    places that a longer text gains are masked, those that a shorter one loses are dropped. keep_length is for a text of
+    which a part is known. Both canvases must have the same number of steps; these are in their traces.
     """
     cfg = model.cfg
-    given = ~text.to_fill & sequence.real_places(text_lengths, cfg.text_length)                      # (B, T)
 
     def guess(canvases: list[Canvas]) -> list[Tensor]:
         nonlocal text_lengths
         if image.trace and not keep_length:
             text_lengths = predict_length(model, image.tokens, image.is_masked)
-            is_real = sequence.real_places(text_lengths, cfg.text_length) & ~given
+            is_real = sequence.real_places(text_lengths, cfg.text_length)
             text.is_masked = (text.is_masked | ~text.to_fill) & is_real                              # (B, T)
             text.to_fill = is_real
         seq = sequence.build("it2it", cfg, image.tokens, image.is_masked, text.tokens, text.is_masked, text_lengths)

@@ -13,9 +13,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from nanomagvlt.bpe import BPE
-from nanomagvlt.data import square
 
-MASK_WORD = re.compile(r"\[MASK(?::(\d{1,3}))?\]")
+MASK_WORD = re.compile(r"\[MASK(?::([1-9]\d{0,2}))?\]")
 
 
 def region(size: tuple[int, int], box: tuple[int, ...]) -> Image.Image:
@@ -31,10 +30,16 @@ def region(size: tuple[int, int], box: tuple[int, ...]) -> Image.Image:
     return mask
 
 
-def mask_to_places(mask: Image.Image, side: int, grid: int) -> Tensor:
-    """Where tokens are to be made anew, (N,) bool, by the white of a mask that is cut and scaled as its image is."""
-    white = torch.from_numpy(square(mask, side)[..., 0] > 127)                                       # (S, S)
-    return white.view(grid, side // grid, grid, side // grid).any(3).any(1).flatten()                # (N,)
+def mask_to_places(mask: Image.Image, grid: int) -> Tensor:
+    """Where tokens are to be made anew, (N,) bool: where a mask, cut square like its image, has any white pixel."""
+    width, height = mask.size
+    side = min(width, height)
+    ys, xs = np.nonzero(np.asarray(mask.convert("L")) > 127)
+    ys, xs = ys - (height - side) / 2, xs - (width - side) / 2
+    inside = (ys >= 0) & (ys < side) & (xs >= 0) & (xs < side)
+    places = torch.zeros(grid, grid, dtype=torch.bool)                                               # (G, G)
+    places[(ys[inside] * grid / side).astype(int), (xs[inside] * grid / side).astype(int)] = True
+    return places.flatten()
 
 
 def centre_places(grid: int) -> Tensor:
@@ -51,12 +56,13 @@ def random_places(num_places: int, share: float, batch: int, generator: torch.Ge
 
 
 def blend(original: np.ndarray, painted: np.ndarray, to_fill: Tensor) -> np.ndarray:
-    """original where it is kept, painted where it was made anew, with a soft edge: uint8 (B, S, S, 3), to_fill (B, N).
+    """original (S, S, 3) where it is kept, painted (B, S, S, 3) where it was made anew, with a soft edge, all uint8, by
+    to_fill (B, N).
 
     out = m x original + (1 - m) x painted, m the keep mask enlarged to S x S and blurred with a Gaussian of radius
     15 at S = 256, less at smaller sizes (section 4.2; the released code makes m and does not use it).
     """
-    side, grid = original.shape[1], round(to_fill.shape[1] ** 0.5)
+    side, grid = len(original), round(to_fill.shape[1] ** 0.5)
     keep = ((~to_fill).view(-1, grid, grid).numpy() * np.uint8(255))
     soft = [Image.fromarray(m).resize((side, side), Image.Resampling.NEAREST)
             .filter(ImageFilter.GaussianBlur(15 * side / 256)) for m in keep]
@@ -77,6 +83,8 @@ def read_masked_text(text: str, bpe: BPE, text_length: int) -> tuple[Tensor, Ten
         end = found.end()
     ids = ids + bpe.encode(text[end:]) + [bpe.end]
     to_fill = to_fill + [False] * (len(ids) - len(to_fill))
+    if "[MASK" in MASK_WORD.sub("", text):
+        raise ValueError(f"{text!r}: write [MASK] for one token, [MASK:3] for three, up to [MASK:999]")
     if not any(to_fill):
         raise ValueError(f"{text!r} has no [MASK]: put one where a word is missing, [MASK:3] for three tokens")
     if len(ids) > text_length:
@@ -87,12 +95,15 @@ def read_masked_text(text: str, bpe: BPE, text_length: int) -> tuple[Tensor, Ten
 
 
 def word_places(bpe: BPE, prompt: str, word: str) -> range:
-    """Where the tokens of a word stand among those of a prompt. Raises ValueError where it is not in it."""
-    start = prompt.find(word)
-    if start < 0:
-        raise ValueError(f"{word!r} is not in the prompt {prompt!r}")
-    first = len(bpe.encode(prompt[:start]))
-    return range(first, first + len(bpe.encode(word)))
+    """Where the tokens of a word, or of several in a row, stand among those of a prompt; case does not matter.
+
+    Raises ValueError where they are not in it.
+    """
+    found = re.search(rf"(?<!\w){re.escape(word.strip())}(?!\w)", prompt, re.IGNORECASE)
+    if not word.strip() or not found:
+        raise ValueError(f"{word!r} is no word of {prompt!r}")
+    first = len(bpe.encode(prompt[:found.start()]))
+    return range(first, first + len(bpe.encode(found[0])))
 
 
 def centre_words(lengths: Tensor, text_length: int) -> Tensor:

@@ -44,7 +44,8 @@ class Generator:
     @property
     def batch_size(self) -> int:
         """How many are made at once: at most 128, and no more than keeps a modality's logits below 512 MiB."""
-        logits = max(self.cfg.image_tokens * self.cfg.codebook_size, self.cfg.text_length * self.cfg.text_vocab)
+        logits = max(self.cfg.image_tokens * self.cfg.codebook_size * (1 if self.cfg.guidance == 1 else 2),
+                     self.cfg.text_length * self.cfg.text_vocab)
         return max(1, min(128, 2 ** 27 // logits))
 
     def draw(self, prompts: list[str], generator: torch.Generator) -> np.ndarray:
@@ -63,6 +64,8 @@ class Generator:
         if image_tokens is None:
             image_tokens = torch.zeros(len(prompts), cfg.image_tokens, dtype=torch.long)
             to_fill = torch.ones_like(image_tokens, dtype=torch.bool)
+        recipe = decode.image_recipe(cfg)
+        recipe = dataclasses.replace(recipe, steps=max(1, min(recipe.steps, int(to_fill.sum(1).min()))))
         for i in range(0, len(prompts), self.batch_size):
             rows = slice(i, i + self.batch_size)
             text_tokens, lengths = (x.to(self.device)
@@ -72,8 +75,6 @@ class Generator:
                 done, steps = argvlt.generate(self.model, "t2i", known, text_tokens, lengths, fill, generator,
                                               cfg.argvlt_temperature, cfg.image_top_k), []
             else:
-                recipe = decode.image_recipe(cfg)
-                recipe = dataclasses.replace(recipe, steps=max(1, min(recipe.steps, int(fill.sum(1).min()))))
                 done, steps = decode.draw_image(self.model, text_tokens, lengths, generator,
                                                 Canvas(known, fill, recipe), cfg.guidance)
             drawn.append(done)
@@ -119,40 +120,43 @@ class Generator:
     @torch.inference_mode()
     def make_pairs(self, count: int, generator: torch.Generator, image: tuple[torch.Tensor, torch.Tensor] | None = None,
                    text: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-                   ) -> tuple[np.ndarray, list[str], list[Step]]:
-        """Images and their captions at once (appendix D), and the images' steps in the first batch.
+                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[Canvas]]:
+        """Images and their captions at once (appendix D): image tokens (B, N), text tokens (B, T), text lengths (B,),
+        and the two canvases of the first batch.
 
         Of an image may be known: tokens (B, N), and where to fill (B, N); of a text: tokens (B, T), lengths (B,), where
         to fill (B, T). The length of a text of which nothing is known starts between 8 and 16 at random.
+        Raises ValueError for a model that was not trained in it2it.
         """
-        pictures, captions, trace, cfg = [], [], [], self.cfg
+        cfg, made, first = self.cfg, [], []
+        if not cfg.task_weights[2]:
+            raise ValueError("image and text together want a model that was trained in it2it: see task_weights")
+        if image is None:
+            tokens = torch.zeros(count, cfg.image_tokens, dtype=torch.long)
+            image = tokens, torch.ones_like(tokens, dtype=torch.bool)
+        is_known = text is not None
+        if not is_known:
+            chance = torch.Generator().manual_seed(generator.initial_seed())  # of its own: row 0 is row 0 in any batch
+            lengths = torch.randint(8, 17, (count,), generator=chance).clamp(max=cfg.text_length)
+            to_fill = real_places(lengths, cfg.text_length)
+            text = torch.zeros_like(to_fill, dtype=torch.long), lengths, to_fill
+        steps = max(1, min(cfg.text_steps, int(image[1].sum(1).min())))  # one K for both
+        recipes = [dataclasses.replace(r, steps=steps) for r in (decode.image_recipe(cfg), decode.text_recipe(cfg))]
         for i in range(0, count, self.batch_size):
-            rows, b = slice(i, i + self.batch_size), min(self.batch_size, count - i)
-            lengths = torch.randint(8, 17, (b,), generator=generator).clamp(max=cfg.text_length).to(self.device)
-            words = decode.blank_text(cfg, lengths, decode.text_recipe(cfg))
-            canvas = decode.blank_image(cfg, b, decode.image_recipe(cfg), self.device)
-            if text is not None:
-                tokens, lengths, to_fill = (x[rows].to(self.device) for x in text)
-                words = Canvas(tokens, to_fill, words.recipe)
-            if image is not None:
-                canvas = Canvas(*(x[rows].to(self.device) for x in image), canvas.recipe)
-            steps = min(cfg.text_steps, int(canvas.to_fill.sum(1).min()))  # one K for both
-            for one in (canvas, words):
-                one.recipe = dataclasses.replace(one.recipe, steps=steps)
-            image_tokens, text_tokens, lengths = decode.draw_pair(self.model, canvas, words, lengths, generator,
-                                                                  keep_length=text is not None)
-            pictures.append(self.tokens_to_image(image_tokens))
-            captions += self.read_texts(text_tokens, lengths)
-            trace = trace or canvas.trace
-        return np.concatenate(pictures), captions, trace
+            image_tokens, holes, words, lengths, gaps = (x[i:i + self.batch_size].to(self.device)
+                                                         for x in (*image, *text))
+            canvases = [Canvas(image_tokens, holes, recipes[0]), Canvas(words, gaps, recipes[1])]
+            made.append(decode.draw_pair(self.model, *canvases, lengths, generator, keep_length=is_known))
+            first = first or canvases
+        return *map(torch.cat, zip(*made)), first
 
-    def read_texts(self, text_tokens: torch.Tensor, lengths: torch.Tensor) -> list[str]:
-        """Text tokens (B, T) of lengths (B,) as strings."""
-        return [self.read_tokens(row[:n]) for row, n in zip(text_tokens.tolist(), lengths.tolist())]
-
-    def read_tokens(self, ids: list[int]) -> str:
-        """The words of text tokens up to the first end token."""
-        return self.bpe.decode(ids[:ids.index(self.bpe.end)] if self.bpe.end in ids else ids)
+    def read_texts(self, text_tokens: torch.Tensor, lengths: torch.Tensor, cut: bool = True) -> list[str]:
+        """Text tokens (B, T) of lengths (B,) as strings, cut at their first end token; or else, where words behind it
+        were given, without any end token."""
+        rows = [row[:n] for row, n in zip(text_tokens.tolist(), lengths.tolist())]
+        if cut:
+            rows = [ids[:ids.index(self.bpe.end)] if self.bpe.end in ids else ids for ids in rows]
+        return [self.bpe.decode([i for i in ids if i != self.bpe.end]) for ids in rows]
 
     def caption_lengths(self, captions: list[str]) -> list[int]:
         """How many text tokens each caption has, its end token included."""

@@ -80,11 +80,11 @@ def lowest(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:
     return (rank < count[:, None]) & among
 
 
-def order_scores(order: str, confidence: Tensor, noise: float, uniform: Tensor, rows: int) -> Tensor:
+def order_scores(order: str, confidence: Tensor, noise: float, uniform: Tensor, halton: Tensor) -> Tensor:
     """Scores of the places in decoding, (B, N): the lowest are hidden again.
 
-    confidence (B, N) is log p of what stands there, uniform (B, N) fresh random numbers, rows the rows of the grid on
-    which the places stand (1 for a text).
+    confidence (B, N) is log p of what stands there, uniform (B, N) fresh random numbers, halton (N,) the halton_rank()
+    of the places.
       "gumbel"      confidence + noise x Gumbel noise, the paper's: noise > 0 draws whom to keep, noise < 0 whom to hide
       "confidence"  the least confident, outright
       "random"      any
@@ -97,7 +97,7 @@ def order_scores(order: str, confidence: Tensor, noise: float, uniform: Tensor, 
     if order == "random":
         return uniform
     if order == "halton":
-        return -halton_rank(rows, confidence.shape[1] // rows).to(uniform).expand_as(uniform)
+        return -halton.to(uniform.dtype).expand_as(uniform)
     raise ValueError(f"no order {order!r}; there are: {', '.join(ORDERS)}")
 
 

@@ -53,7 +53,7 @@ def loss_terms(model, task: str, batch: Batch, uniform: Uniform) -> Iterator[dic
     memory.
     """
     cfg, whole = model.cfg, batch
-    if task == "t2i" and cfg.condition_dropout:
+    if task == "t2i" and cfg.condition_dropout and model.training:
         batch = drop_captions(batch, uniform, cfg)
     text_tokens, lengths = batch["text_tokens"], batch["text_lengths"]
     image_is_masked, text_is_masked = hide(task, *may_hide(task, batch), uniform, "main", cfg)

@@ -86,7 +86,8 @@ def test_the_loss_is_that_of_each_next_token(task, causal, batch):
 
 
 def test_what_a_causal_model_has_not():
-    assert preset("base", model="argvlt").task_weights == (8.0, 2.0, 0.0) and not preset("base", model="argvlt").unroll_mask
+    base = preset("base", model="argvlt")
+    assert base.task_weights == (8.0, 2.0, 0.0) and not base.unroll_mask and base.mixsel == "off"
     for wrong in (dict(model="argvlt", task_weights=(1.0, 1.0, 1.0)), dict(model="argvlt", mixsel="select"),
                   dict(segments=True)):
         with pytest.raises(ValueError, match="argvlt"):

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import nanomagvlt.decode as decode_module
 from nanomagvlt.config import preset
 from nanomagvlt.decode import (Canvas, Recipe, blank_image, blank_text, decode, draw_image, draw_pair, image_recipe,
                                predict_length, text_recipe, write_text)
-from nanomagvlt.masking import ORDERS, decoding_counts, sample
+from nanomagvlt.masking import ORDERS, decoding_counts, halton_rank, sample
 from nanomagvlt.sequence import real_places
 
 IMAGE, TEXT = replace(image_recipe(preset("base")), rows=4), text_recipe(preset("base"))
@@ -153,7 +154,14 @@ def test_every_order_fills_all_and_touches_nothing_else(recipe, order):
     tokens, to_fill = canvas()
     filled, trace = run(unsure(), tokens, to_fill, replace(recipe, order=order, steps=5))
     assert torch.equal(filled[~to_fill], tokens[~to_fill])
-    assert torch.stack([step.is_masked for step in trace]).any(0).equal(to_fill)
+    masks = torch.stack([step.is_masked for step in trace])                                          # (K, B, N)
+    assert masks[0].equal(to_fill)
+    if order == "halton":  # those kept have lower ranks than those hidden
+        rank = halton_rank(recipe.rows, 16 // recipe.rows)
+        for mask in masks[1:]:
+            assert (rank.where(to_fill & ~mask, -1).max(1).values < rank.where(mask, 99).min(1).values).all()
+    others = [run(unsure(), tokens, to_fill, replace(recipe, order=o, steps=5))[1] for o in ORDERS if o != order]
+    assert not any(torch.equal(torch.stack([step.is_masked for step in other]), masks) for other in others)
 
 
 def test_an_image_all_of_which_is_to_be_made_anew_is_a_new_image(model, batch):
@@ -181,10 +189,16 @@ def test_given_words_stay(model, batch):
 
 
 def test_guidance_of_one_is_none_and_more_goes_away_from_the_empty_caption(model, batch):
+    rows = []
+    model.register_forward_hook(lambda module, given, out: rows.append(len(out)))
+
     def draw(guidance, tokens=batch["text_tokens"], lengths=batch["text_lengths"]):
+        rows.clear()
         return draw_image(model, tokens, lengths, torch.Generator().manual_seed(0), guidance=guidance)[0]
-    assert torch.equal(draw(1.0), draw_image(model, batch["text_tokens"], batch["text_lengths"],
-                                             torch.Generator().manual_seed(0))[0])
+    draw(1.0)
+    assert rows == [5] * model.cfg.image_steps       # no second branch
+    draw(2.0)
+    assert rows == [10] * model.cfg.image_steps      # both in one pass
     empty = torch.full_like(batch["text_tokens"], model.cfg.text_vocab - 1), torch.ones_like(batch["text_lengths"])
     assert torch.equal(draw(0.0), draw(1.0, *empty))     # all null, none of what is given
     assert torch.equal(draw(5.0, *empty), draw(1.0, *empty))
@@ -210,17 +224,16 @@ def test_a_pair_is_drawn_together_its_length_read_again(cfg, model, batch, monke
 
 def test_of_a_pair_what_is_given_stays(cfg, model, batch):
     lengths = batch["text_lengths"]
-    halves = [torch.arange(n) % 2 == 0 for n in (cfg.image_tokens, cfg.text_length)]
-    image = Canvas(batch["image_tokens"], halves[0].expand(5, -1), replace(image_recipe(cfg), steps=2))
-    text = Canvas(batch["text_tokens"], halves[1] & real_places(lengths, cfg.text_length),
-                  replace(text_recipe(cfg), steps=2))
-    known = batch["text_tokens"].clone(), ~text.to_fill & real_places(lengths, cfg.text_length)
-    for keep_length in (True, False):
-        image_tokens, text_tokens, _ = draw_pair(model, image, text, lengths, torch.Generator().manual_seed(0),
-                                                 keep_length)
-        assert torch.equal(image_tokens[:, ~halves[0]], batch["image_tokens"][:, ~halves[0]])
-        assert torch.equal(text_tokens[known[1]], known[0][known[1]])
-        image, text = (Canvas(c.tokens, c.to_fill, c.recipe) for c in (image, text))
+    holes, gaps = (torch.arange(n) % 2 == 0 for n in (cfg.image_tokens, cfg.text_length))
+    image = Canvas(batch["image_tokens"], holes.expand(5, -1), replace(image_recipe(cfg), steps=2))
+    gaps = gaps & real_places(lengths, cfg.text_length)                                              # (B, T)
+    text, given = Canvas(batch["text_tokens"], gaps, replace(text_recipe(cfg), steps=2)), ~gaps
+    image_tokens, text_tokens, same = draw_pair(model, image, text, lengths, torch.Generator().manual_seed(0), True)
+    assert torch.equal(image_tokens[:, ~holes], batch["image_tokens"][:, ~holes]) and torch.equal(same, lengths)
+    assert torch.equal(text_tokens[given], batch["text_tokens"][given])
+    image.recipe = replace(image.recipe, steps=1)
+    with pytest.raises(ValueError, match="one number of steps, not 1 and 2"):
+        draw_pair(model, image, text, lengths, torch.Generator(), True)
 
 
 def test_decoding_rules_are_those_of_the_release():
@@ -253,8 +266,9 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("task", ["draw", "write"])
-def test_a_decoding_step_waits_for_nothing_and_makes_no_large_mask(task, cfg, model, batch, monkeypatch):
+@pytest.mark.parametrize("order", ["gumbel", "halton"])
+@pytest.mark.parametrize("task", ["draw", "write", "guided", "pair"])
+def test_a_decoding_step_waits_for_nothing_and_makes_no_large_mask(task, order, cfg, model, batch, monkeypatch):
     length, attend, no_sync = cfg.image_tokens + cfg.text_length + 4, F.scaled_dot_product_attention, NoSync()
     masks, entered = [], []
 
@@ -264,12 +278,23 @@ def test_a_decoding_step_waits_for_nothing_and_makes_no_large_mask(task, cfg, mo
         masks.append(None if attn_mask is None else tuple(attn_mask.shape))
         return attend(*args, attn_mask=attn_mask, **options)
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    chance = torch.Generator().manual_seed(0)
-    if task == "draw":
-        draw_image(model, batch["text_tokens"], batch["text_lengths"], chance)
+    # What is worked out on the CPU must be so before the first step: a copy to a GPU waits too.
+    for name in ("decoding_counts", "halton_rank"):
+        def in_time(*args, original=getattr(decode_module, name)):
+            assert not entered
+            return original(*args)
+        monkeypatch.setattr(decode_module, name, in_time)
+    chance, lengths = torch.Generator().manual_seed(0), torch.tensor([1, 2, 3, 5, 6])
+    image = blank_image(cfg, 5, replace(image_recipe(cfg), order=order, steps=3), "cpu")
+    text = blank_text(cfg, lengths, replace(text_recipe(cfg), order=order, steps=3))
+    if task in ("draw", "guided"):
+        draw_image(model, batch["text_tokens"], batch["text_lengths"], chance, image, 1.0 if task == "draw" else 2.0)
+    elif task == "write":
+        write_text(model, batch["image_tokens"], chance, lengths, text)
     else:
-        write_text(model, batch["image_tokens"], chance, torch.tensor([1, 2, 3, 5, 6]))
+        draw_pair(model, image, text, lengths, chance)
     no_sync.__exit__(None, None, None)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():  # it does see what it is to see
         bool(batch["text_lengths"].min() > 0)
-    assert set(masks) <= {(5, 1, 1, length), None} and len(masks) > cfg.layers
+    shorter = length - cfg.text_length + cfg.length_places
+    assert set(masks) <= {(5, 1, 1, length), (10, 1, 1, length), (5, 1, 1, shorter), None} and len(masks) > cfg.layers

@@ -9,11 +9,12 @@ from nanomagvlt.bpe import BPE
 
 def test_a_token_is_made_anew_if_any_of_its_pixels_is():
     mask = edit.region((32, 32), (7, 8, 9, 9))
-    assert edit.mask_to_places(mask, 32, 4).view(4, 4).nonzero().tolist() == [[1, 0], [1, 1]]
+    assert edit.mask_to_places(mask, 4).view(4, 4).nonzero().tolist() == [[1, 0], [1, 1]]
+    assert edit.mask_to_places(edit.region((1024, 1024), (1023, 0, 1024, 1)), 4).nonzero().tolist() == [[3]]
     whole = edit.region((64, 32), (0, 0, 64, 32))
-    assert edit.mask_to_places(whole, 32, 4).all()
-    outside = edit.region((64, 32), (0, 0, 16, 32))  # cut off with the sides of the picture
-    assert not edit.mask_to_places(outside, 32, 4)[torch.arange(16) % 4 > 0].any()
+    assert edit.mask_to_places(whole, 4).all()
+    assert not edit.mask_to_places(edit.region((64, 32), (0, 0, 16, 32)), 4).any()  # cut off with the picture's sides
+    assert not edit.mask_to_places(Image.new("RGB", (8, 8), "red"), 4).any()        # red is not white
     for box in ((0, 0, 0, 5), (5, 5, 2, 9), (0, 0, 33, 2), (-1, 0, 2, 2)):
         with pytest.raises(ValueError, match="region"):
             edit.region((32, 32), box)
@@ -49,7 +50,7 @@ def test_masked_texts():
     assert to_fill.nonzero().flatten().tolist() == [words[0], *range(sum(words) + 1, sum(words) + 4)]
     assert tokens[length - 1] == bpe.end
     assert bpe.decode(tokens[:length][~to_fill[:length]].tolist()[:-1]) == "a circle on"
-    for text, match in (("a circle", "no .MASK."), ("[MASK:0]", "no .MASK."), ("[MASK:30]", "31 tokens")):
+    for text, match in (("a circle", "no .MASK."), ("[MASK:0]", "write .MASK."), ("[MASK:30]", "31 tokens")):
         with pytest.raises(ValueError, match=match):
             edit.read_masked_text(text, bpe, 30)
 
@@ -65,5 +66,7 @@ def test_where_a_word_stands():
     prompt = "a red circle above a blue square"
     places = edit.word_places(bpe, prompt, "blue")
     assert bpe.decode([bpe.encode(prompt)[i] for i in places]).strip() == "blue"
-    with pytest.raises(ValueError, match="green"):
-        edit.word_places(bpe, prompt, "green")
+    assert edit.word_places(bpe, "a busy Bus", "bus").start == len(bpe.encode("a busy"))
+    for word in ("green", "cle", "", " "):
+        with pytest.raises(ValueError, match="is no word of"):
+            edit.word_places(bpe, prompt, word)

@@ -13,8 +13,8 @@ MAY_IMPORT = {
     "sequence": "config", "vqgan": "config", "argvlt": "sequence masking", "model": "config sequence",
     "objectives": "sequence masking", "decode": "sequence masking",
     "data": "bpe shapes", "checkpoint": "bpe config model vqgan",
-    "metrics": "shapes data edit", "published": "bpe checkpoint config model vqgan",
-    "clip": "bpe", "edit": "bpe data", "watch": "bpe data decode model sequence vqgan",
+    "metrics": "shapes data edit sequence", "published": "bpe checkpoint config model vqgan",
+    "clip": "bpe", "edit": "bpe", "watch": "bpe decode model sequence",
     "loop": "config", "vqtrain": "checkpoint config data loop model shapes vqgan vqloss",
     "generate": "argvlt bpe checkpoint config data decode model published sequence vqgan",
 }

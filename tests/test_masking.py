@@ -93,9 +93,10 @@ def test_halton_meets_every_place_once_and_spreads():
 
 def test_orders():
     confidence, uniform = torch.randn(3, 16).log_softmax(1), torch.rand(3, 16)
-    assert order_scores("confidence", confidence, 1.0, uniform, 4) is confidence
-    assert order_scores("random", confidence, 1.0, uniform, 4) is uniform
-    assert torch.equal(order_scores("gumbel", confidence, 0.0, uniform, 4), confidence)
-    assert torch.equal(order_scores("halton", confidence, 1.0, uniform, 4)[2], -halton_rank(4, 4).float())
+    rank = halton_rank(4, 4)
+    assert order_scores("confidence", confidence, 1.0, uniform, rank) is confidence
+    assert order_scores("random", confidence, 1.0, uniform, rank) is uniform
+    assert torch.equal(order_scores("gumbel", confidence, 0.0, uniform, rank), confidence)
+    assert torch.equal(order_scores("halton", confidence, 1.0, uniform, rank)[2], -rank.float())
     with pytest.raises(ValueError, match="alphabetical"):
-        order_scores("alphabetical", confidence, 1.0, uniform, 4)
+        order_scores("alphabetical", confidence, 1.0, uniform, rank)

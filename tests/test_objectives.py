@@ -134,6 +134,10 @@ def test_captions_are_left_out_in_t2i_alone(whole, batch, uniform, monkeypatch):
     seen, build = [], objectives.sequence.build
     monkeypatch.setattr(objectives.sequence, "build", lambda *args: seen.append(args) or build(*args))
     whole.cfg.condition_dropout = 0.5
+    terms_of(whole.eval(), "t2i", batch, uniform)
+    assert torch.equal(seen[0][6], batch["text_lengths"])  # not in validation
+    seen.clear()
+    whole.train()
     dropped = uniform("captions left out") < 0.5
     assert dropped.any() and not dropped.all()
     terms_of(whole, "t2i", batch, uniform)

@@ -35,17 +35,21 @@ def an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def trained(tmp_path) -> Path:
+def untrained(path: Path, **changes) -> Path:
     """A run whose weights are as they start."""
     torch.manual_seed(0)
-    cfg = preset("micro", bpe_merges=0, layers=1, width=16, heads=2, vq_channels=4, image_steps=2, text_steps=2)
-    path = tmp_path / "runs" / "x" / "last.pt"
-    path.parent.mkdir(parents=True)
+    cfg = preset("micro", bpe_merges=0, layers=1, width=16, heads=2, vq_channels=4, image_steps=2, text_steps=2,
+                 **changes)
+    path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, "magvlt", cfg, step=1, model=MAGVLT(cfg).state_dict(), bpe=BPE([]).to_text(),
                     vqgan=VQGAN(cfg).state_dict())
     checkpoint.save(path.with_name("vqgan.pt"), "vqgan", cfg, step=1, vqgan=VQGAN(cfg).state_dict())
     return path
+
+
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    return untrained(tmp_path / "runs" / "x" / "last.pt")
 
 
 def refused(script: str, argv: list[str], capsys) -> str:
@@ -102,7 +106,7 @@ def test_mistakes_before_anything_is_trained(script, argv, message, capsys):
     (["--image", "text.png", "--temperature", "0"], "text_temperature 0.0 must be at least 0.001"),
     (["--prompt", "x", "--device", "meta"], "--device meta: give auto, cpu, cuda, cuda:1 or mps"),
     (["--prompt", "x", "--top-k", "-1"], "image_top_k -1"),
-    (["--prompt", "x", "--out", "no/such/folder.png"], "no/such/folder.png: No such file"),
+    (["--prompt", "x", "--out", "no/such/folder.png"], "--out no/such/folder.png: there is no folder no/such"),
     (["--prompt", "x", "--checkpoint", "text.png"], "text.png: not a checkpoint"),
     (["--image", "text.png", "--prompt", "x"], "text.png: not an image"),
     (["--text", "a [MASK]"], "--text wants the --image"),
@@ -120,12 +124,21 @@ def test_mistakes_before_anything_is_trained(script, argv, message, capsys):
     (["--image", "white.png", "--prompt", "x", "--keep", "0", "--mask", "x.png"], "--mask and --keep: give one of"),
     (["--image", "white.png", "--blend"], "--blend wants an --image and a --prompt"),
     (["--image", "white.png", "--guidance", "2"], "--guidance is for drawings"),
-    (["--prompt", "x", "--guidance", "2"], "was trained without --condition-dropout"),
+    (["--prompt", "x", "--guidance", "2"], "guidance 2.0 wants a model trained with condition_dropout"),
     (["--prompt", "x", "--candidates", "3"], "--candidates 3: must be at least --num-samples 8"),
     (["--prompt", "x", "--candidates", "9"], "--candidates wants who chooses"),
     (["--prompt", "x", "--judge"], "--judge chooses among --candidates"),
-    (["--prompt", "x", "--candidates", "9", "--clip", "text.png"], "text.png"),
-    (["--prompt", "x", "--attention", "blue"], "'blue' is not in the prompt 'x'"),
+    (["--prompt", "x", "--candidates", "9", "--clip", "text.png", "--bpe", "runs/x/last.pt"], "text.png"),
+    (["--prompt", "x", "--candidates", "9", "--clip", "text.png", "--bpe", "no"], "python data/download.py clip-bpe"),
+    (["--prompt", "x", "--attention", "blue"], "'blue' is no word of 'x'"),
+    (["--prompt", "x" * 24 + " y", "--attention", "y"], "only 24 tokens of the prompt are read"),
+    (["--prompt", "x", "--candidates", "9", "--judge"], "--judge does not understand 'x'"),
+    (["--prompt", "x", "--candidates", "9", "--judge", "--trace"], "--trace shows the first"),
+    (["--prompt", "x", "--clean"], "--clean is for whole captions"),
+    (["--image", "white.png", "--prompt", "x", "--outside"], "--outside wants the --region or --mask"),
+    (["--image", "white.png", "--prompt", "x", "--mask", "glass.png"], "glass.png has transparent places"),
+    (["--image", "white.png", "--text", "a [MASK] [MASK:0]"], "write [MASK] for one token, [MASK:3] for three"),
+    (["--together"], "want a model that was trained in it2it"),
     (["--prompt", "x", "--order", "haltom"], "--order: invalid choice: 'haltom'"),
     (["--together", "--prompt", "x"], "--together writes its own text"),
     (["--prompt", "x", "--sha256", "00"], "last.pt: its SHA-256 is"),
@@ -134,6 +147,7 @@ def test_mistakes_in_sampling(argv, message, trained, capsys):
     Path("text.png").write_text("no image")
     for name, colour, size in (("white", "white", (40, 32)), ("black", "black", (40, 32)), ("small", "white", (8, 8))):
         Image.new("RGB", size, colour).save(f"{name}.png")
+    Image.new("RGBA", (40, 32)).save("glass.png")
     assert message in refused("sample.py", argv, capsys)
 
 
@@ -157,7 +171,7 @@ def test_drawing_and_captioning(trained, capsys):
         sample.main(["--prompt", "a red circle", "--num-samples", "3", *argv])
         return np.asarray(Image.open("samples.png"))
     first = drawn()
-    assert "3 x 'a red circle' -> samples.png" in capsys.readouterr().out
+    assert "-> samples.png\n3 x 'a red circle'" in capsys.readouterr().out
     assert np.array_equal(first, drawn()) and not np.array_equal(first, drawn("--seed", "1"))
     assert not np.array_equal(first, drawn("--steps", "5", "--temperature", "2", "--top-k", "3"))
     assert not np.array_equal(first, drawn("--seed", str(10 ** 30))) and "only the first" not in capsys.readouterr().out
@@ -169,26 +183,35 @@ def test_drawing_and_captioning(trained, capsys):
     assert len(lines) == 5 and all(line.isprintable() for line in lines)
 
 
-def test_editing_filling_choosing_and_watching(trained, capsys):
-    def run(*argv) -> str:
-        sample.main([*argv, "--num-samples", "3"])
-        return capsys.readouterr().out
+def test_editing_filling_choosing_and_watching(tmp_path, capsys):
+    untrained(tmp_path / "runs" / "x" / "last.pt", task_weights=(1.0, 1.0, 1.0))
+
+    def run(*argv, count=3) -> tuple[str, np.ndarray]:
+        sample.main([*argv, "--num-samples", str(count)])
+        return capsys.readouterr().out, np.asarray(Image.open("samples.png"))
     Image.new("RGB", (64, 32), "white").save("white.png")
-    picture, prompt = ("--image", "white.png"), ("--prompt", "a red circle")
-    for part in ((), ("--region", "16,0,48,32"), ("--mask", "white.png"), ("--keep", "0.5"), ("--blend",)):
-        assert "3 x 'a red circle' -> samples.png" in run(*picture, *prompt, *part)
-    everything = np.asarray(Image.open("samples.png")) if run(*picture, *prompt, "--region", "0,0,64,32") else None
-    run(*prompt)
-    assert np.array_equal(everything, np.asarray(Image.open("samples.png")))     # all made anew: a drawing like others
-    assert len(run(*picture, "--text", "a [MASK:2] circle").splitlines()) == 4
-    assert "3 captions" not in run("--together") and Path("samples.png").exists()
-    assert "-> samples.png" in run("--together", *picture, "--keep", "0.5", "--text", "a [MASK] circle")
-    out = run(*prompt, "--trace", "--attention", "red circle", "--candidates", "4", "--judge", "--order", "halton",
-              "--schedule", "square")
-    assert "4 x 'a red circle'" in out
+    picture, prompt, drawn = ("--image", "white.png"), ("--prompt", "a red circle"), {}
+    for part in ("", "--region 16,0,48,32", "--region 16,0,32,32 --outside", "--mask white.png", "--keep 0.5",
+                 "--blend"):
+        out, drawn[part] = run(*picture, *prompt, *part.split())
+        assert "3 x 'a red circle'" in out
+    assert "8 of 16 tokens are made anew" in run(*picture, *prompt, "--region", "16,0,32,32", "--outside")[0]
+    _, plain = run(*prompt)
+    for everything in ("--region 0,0,64,32", "--keep 0"):           # all made anew: a drawing like others
+        assert np.array_equal(run(*picture, *prompt, *everything.split())[1], plain)
+    one = run(*prompt, count=1)[1]
+    assert np.array_equal(plain[8:168:5, 8:168:5], one)                           # the first is the single one
+    out, _ = run(*picture, "--text", "a [MASK:2] circle")
+    assert all(line.startswith("a") and line.endswith("circle") for line in out.splitlines()[1:])
+    together = run("--together")[0]
+    assert len(together.splitlines()) == 5 and run("--together", count=1)[0].splitlines()[2] == together.splitlines()[2]
+    assert "-> samples.png" in run("--together", *picture, "--keep", "0.5", "--text", "a [MASK] circle", "--trace")[0]
+    assert "the best 3 of 4: " in run(*prompt, "--candidates", "4", "--judge", "--order", "halton")[0]
+    assert run(*picture, "--candidates", "4", "--judge")[0].count("(0.") == 3
+    run(*prompt, "--trace", "--attention", "red circle", "--schedule", "square")
     strip, film = Image.open("samples-steps.png"), Image.open("samples-steps.gif")
-    assert film.n_frames == 2 and strip.width == 2 * 100 - 4 and Image.open("samples-attention.png").height == 96
-    assert "  2  " in run(*picture, "--trace", "--order", "random", "--temperature", "1")
+    assert film.n_frames == 2 and strip.size == (196, 296) and Image.open("samples-attention.png").size == (196, 196)
+    assert "  2  " in run(*picture, "--trace", "--order", "random", "--temperature", "1")[0]
 
 
 def test_eval_scenes_writes_what_it_prints(trained, capsys):
@@ -198,7 +221,11 @@ def test_eval_scenes_writes_what_it_prints(trained, capsys):
     assert {"t2i_exact", "i2t_exact", "i2t_facts", "length", "reconstruction"} <= set(results)
 
 
-def test_eval_edit_and_sweep(trained, capsys):
+def test_eval_edit_and_sweep(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        eval.main(["edit", "--checkpoint", str(untrained(tmp_path / "short.pt")), "--num-scenes", "3"])
+    assert "captions of shapes:micro have more than text_length 24 tokens here" in capsys.readouterr().err
+    untrained(tmp_path / "runs" / "x" / "last.pt", task_weights=(1.0, 1.0, 1.0), text_length=60)
     eval.main(["edit", "--num-scenes", "3", "--phrasings", "2", "--out", "edit.json"])
     results, out = json.loads(Path("edit.json").read_text()), capsys.readouterr().out
     for name in ("object_inpainted", "object_inpainted_without", "object_infilled", "object_infilled_without",
@@ -206,7 +233,7 @@ def test_eval_edit_and_sweep(trained, capsys):
                  "i2t"):
         assert f"{results[name]['value']:.3f} [" in out
     eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--out", "sweep.json"])
-    assert len(json.loads(Path("sweep.json").read_text())) == 4 * 6 and "halton      i2t" in capsys.readouterr().out
+    assert len(json.loads(Path("sweep.json").read_text())) == 7 * 5 and "order halton" in capsys.readouterr().out
 
 
 def test_prepare_then_train_on_it(trained, capsys):
