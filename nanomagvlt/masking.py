@@ -146,10 +146,12 @@ def sample(logits: Tensor, uniform: Tensor, top_k: int = 0) -> tuple[Tensor, Ten
 
 
 if __name__ == "__main__":
-    for name, n, steps, can_remask in (("image", 256, 10, False), ("image", 16, 10, False), ("text", 16, 12, True)):
-        schedule = "linear" if can_remask else "cosine"
+    for name, n, steps, schedule in (("image", 256, 10, "cosine"), ("image", 256, 10, "square"),
+                                     ("image", 16, 10, "cosine"), ("text", 16, 12, "linear")):
+        can_remask = name == "text"
         counts = decoding_counts(torch.tensor([n]), steps, schedule, can_remask)[0].tolist()
         print(f"\n{n} {name} tokens in {steps} steps, gamma {schedule}: masked before each step")
         for k, count in enumerate(counts):
             print(f"  k = {k:2}  gamma = {gamma(torch.tensor(k / steps), schedule):.3f}  {count:3}  "
                   + "#" * round(60 * count / n))
+    print(f"\nthe Halton order of 4 x 4 places, from the first (0) on\n{halton_rank(4, 4).view(4, 4).numpy()}")

@@ -2,9 +2,13 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
 from nanomagvlt import shapes
-from nanomagvlt.metrics import as_json, evaluate_scenes, scene_table, share_over_scenes, unseen_scenes, wilson
+from nanomagvlt.bpe import BPE
+from nanomagvlt.config import preset
+from nanomagvlt.metrics import (as_json, evaluate_editing, evaluate_scenes, scene_table, share_over_scenes,
+                                unseen_scenes, wilson)
 
 TINY = shapes.get_level("tiny")
 
@@ -78,3 +82,42 @@ def test_wilson_interval_against_its_definition():
 def test_scenes_count_as_independent_not_phrasings():
     share = share_over_scenes([1, 1, 1, 0, 0, 0, 0, 0], 2)
     assert (share.value, (share.low, share.high)) == (0.375, wilson(0.375, 4))
+
+
+class Edits:
+    """Who knows all tokens, or puts another scene's where something is to be made. Image tokens are images' numbers."""
+    cfg = preset("micro", text_length=60, task_weights=(1.0, 1.0, 1.0))
+    bpe = BPE([])
+
+    def __init__(self, knows: bool):
+        self.knows = knows
+
+    def image_to_tokens(self, images):
+        self.images = images
+        return torch.arange(len(images))[:, None].repeat(1, 16)
+
+    def tokens_to_image(self, tokens):
+        assert (tokens == tokens[:, :1]).all()
+        return self.images[tokens[:, 0].numpy()]
+
+    def draw_tokens(self, prompts, generator, tokens, holes):
+        assert holes.shape == tokens.shape and (holes.sum(1) == 4).all()  # a cell, or the centre, of 4 x 4
+        return tokens if self.knows else tokens.roll(2, 0), []
+
+    def write_tokens(self, image_tokens, generator, text, lengths, gaps):
+        return text if self.knows else text.masked_fill(gaps, text[0, 0]), lengths, []
+
+    def make_pairs(self, count, generator, image, text):
+        return image[0].roll(2, 0), text[0].masked_fill(text[2], 0), text[1], []
+
+    def read_texts(self, text_tokens, lengths, cut):
+        return [self.bpe.decode([i for i in row[:n] if i != self.bpe.end])
+                for row, n in zip(text_tokens.tolist(), lengths.tolist())]
+
+
+def test_editing_is_judged_whole():
+    level = shapes.get_level("micro")
+    right, wrong = (evaluate_editing(Edits(knows), level, 10) for knows in (True, False))
+    for name in ("object_inpainted", "object_infilled", "centre_inpainted", "centre_infilled"):
+        assert right[name].value == 1 and wrong[name].value < 0.3, name
+        assert right[f"{name}_without"].value < 0.3
