@@ -108,7 +108,8 @@ class Generator:
             if cfg.model == "argvlt":
                 done, steps = argvlt.generate(self.model, "i2t", image, known, n, fill, generator,
                                               cfg.argvlt_temperature, cfg.text_top_k), []
-                n = (done != self.bpe.end).sum(1).add(1).clamp(max=n)
+                if text_tokens is None:  # its length is where it ended
+                    n = (done != self.bpe.end).sum(1).add(1).clamp(max=cfg.text_length)
             else:
                 canvas = Canvas(known, fill, decode.text_recipe(cfg))
                 done, _, steps = decode.write_text(self.model, image, generator, n, canvas)

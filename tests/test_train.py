@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sample
 import train
 from nanomagvlt import vqtrain
 from nanomagvlt.config import preset
@@ -198,6 +199,23 @@ def test_what_samples_is_the_moving_average_of_what_is_trained(straight, cfg, mo
     assert all(torch.allclose(p, before[name] + 0.25) for name, p in averaged.named_parameters())
     saved = straight["last.pt"]
     assert saved["model"].keys() == saved["trained"].keys() and not equal(saved["model"], saved["trained"])
+
+
+def test_argvlt_trains_draws_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("--model", "argvlt", "--task-weights", "1,1,0", "--segments", "true")
+    log = [json.loads(line) for line in Path("runs/micro/log.jsonl").read_text().splitlines()]
+    assert {"generated", "condition"} <= log[0].keys() and "val_generated" in log[-1]
+    capsys.readouterr()
+    sample.main(["--prompt", "a red circle", "--num-samples", "2"])
+    sample.main(["--image", "samples.png", "--num-samples", "2"])
+    sample.main(["--image", "samples.png", "--prompt", "a red circle", "--num-samples", "2"])
+    sample.main(["--image", "samples.png", "--text", "a [MASK:2] circle", "--num-samples", "2"])
+    assert capsys.readouterr().out.splitlines()[-1].endswith("circle")
+    for flag in ("--together", "--trace", "--steps=2"):
+        with pytest.raises(SystemExit):
+            sample.main([*(["--prompt", "x"] if flag != "--together" else []), flag])
+        assert "is an ARGVLT" in capsys.readouterr().err
 
 
 def test_the_vqgan_also_learns_from_joined_images():
