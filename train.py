@@ -260,7 +260,7 @@ def settle(cfg: Config, run: Path) -> None:
         before = json.loads(path.read_text())
         changed = [name for name in settings if json.loads(json.dumps(settings[name])) != before.get(name)
                    and name not in MAY_CHANGE]
-        if changed:
+        if changed and any(file != path for file in run.iterdir()):  # else nothing was done there yet
             name = changed[0]
             raise DataError(f"{run} was begun with {name} = {before.get(name)}, now it is {settings[name]}: "
                             "take another --name, or delete the folder")

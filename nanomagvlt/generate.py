@@ -131,7 +131,8 @@ class Generator:
         """
         cfg, made, first = self.cfg, [], []
         if not cfg.task_weights[2]:
-            raise ValueError("image and text together want a model that was trained in it2it: see task_weights")
+            raise ValueError("image and text together want a model that was trained in it2it, as tiny is: the last of "
+                             "--task-weights must not be 0")
         if image is None:
             tokens = torch.zeros(count, cfg.image_tokens, dtype=torch.long)
             image = tokens, torch.ones_like(tokens, dtype=torch.bool)

@@ -138,7 +138,7 @@ def test_mistakes_before_anything_is_trained(script, argv, message, capsys):
     (["--image", "white.png", "--prompt", "x", "--outside"], "--outside wants the --region or --mask"),
     (["--image", "white.png", "--prompt", "x", "--mask", "glass.png"], "glass.png has transparent places"),
     (["--image", "white.png", "--text", "a [MASK] [MASK:0]"], "write [MASK] for one token, [MASK:3] for three"),
-    (["--together"], "want a model that was trained in it2it"),
+    (["--together"], "want a model that was trained in it2it, as tiny is"),
     (["--prompt", "x", "--order", "haltom"], "--order: invalid choice: 'haltom'"),
     (["--together", "--prompt", "x"], "--together writes its own text"),
     (["--prompt", "x", "--sha256", "00"], "last.pt: its SHA-256 is"),

@@ -225,3 +225,12 @@ def test_the_vqgan_also_learns_from_joined_images():
     assert images.shape == (12, 32, 32, 3) and all((a == b.image).all() for a, b in zip(images, pairs))
     assert (images[8][:16] == pairs[0].wide).all() and (images[8][16:] == pairs[1].wide).all()
     assert (images[9][:, :16] == pairs[1].tall).all() and (images[9][:, 16:] == pairs[2].tall).all()
+
+
+def test_a_folder_in_which_nothing_was_done_may_be_begun_anew(tmp_path):
+    run = tmp_path / "x"
+    train.settle(preset("micro", data="shapes:typo"), run)
+    train.settle(preset("micro"), run)
+    (run / "vqgan.pt").touch()
+    with pytest.raises(ValueError, match="was begun with width = 128, now it is 64"):
+        train.settle(preset("micro", width=64), run)
