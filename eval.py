@@ -3,9 +3,12 @@
   scenes    on unseen scenes of the small world: are drawings and captions exactly right? (default)
   edit      whole objects hidden and inpainted, whole noun phrases hidden and infilled
   sweep     how right drawings and captions are, against decoding steps and order
+  bias      in a biased world: is it said what is there, or what is usual?
+  table     trains a pool of variants, and prints the paper's tables from it: python eval.py table --minutes 12
   bpe       how fast captions are encoded, beside CLIP's own algorithm: python eval.py bpe --captions FILE
 """
 import html
+import os
 import random
 import re
 import time
@@ -15,9 +18,9 @@ from statistics import median
 
 import ftfy
 
-from nanomagvlt import checkpoint, metrics, published, shapes
+from nanomagvlt import checkpoint, compare, metrics, published, shapes
 from nanomagvlt.bpe import BPE, BYTE_TO_SYMBOL, CLIP_WORDS, to_symbols
-from nanomagvlt.config import Parser
+from nanomagvlt.config import Parser, nearest
 from nanomagvlt.data import write_json
 from nanomagvlt.generate import Generator, load_generator
 from nanomagvlt.masking import ORDERS, SCHEDULES
@@ -67,6 +70,30 @@ def sweep(args) -> None:
             print(f"{kind} {name:{21 - len(kind)}}{task:8}"
                   + "".join(f"{s.value:.3f} +-{(s.high - s.low) / 2:<6.2f}" for s in shares))
     save(args, table)
+
+
+def bias(args) -> None:
+    """What a model trained in a world with habits says and draws of things that are not as usual (figure 4)."""
+    generator, level = small_world(args)
+    if not level.bias:
+        raise ValueError(f"shapes:{level.name} has no habits: bias wants a model trained on shapes:tiny-biased, say")
+    results = metrics.evaluate_bias(generator, level, args.num_scenes, args.phrasings, args.seed)
+    print(f"{results['scenes']} unseen scenes in which nothing has its usual colour, {results['phrasings']} phrasings "
+          "each; share of the objects, 95% intervals over scenes")
+    for name, what in (("i2t_seen", "the caption says what is there"), ("i2t_usual", "the caption says what is usual"),
+                       ("t2i_asked", "drawn as asked"), ("t2i_usual", "drawn as usual")):
+        print(f"{what:32}{results[name]}")
+    save(args, metrics.as_json(results))
+
+
+def table(args) -> None:
+    """Fills the pool with what it lacks of the arms and seeds asked for, and prints all tables there are runs for."""
+    failed = []
+    if args.minutes:
+        failed = compare.fill(args.pool, args.arms, args.seeds, args.minutes, args.workers)
+    print(compare.tables(args.pool))
+    if failed:
+        raise ValueError(f"failed, and not in the tables: {', '.join(failed)}; the same command tries again")
 
 
 def small_world(args) -> tuple[Generator, shapes.Level]:
@@ -142,7 +169,7 @@ def bpe(args) -> None:
               "same ids")
 
 
-WHAT = {"scenes": scenes, "edit": edit, "sweep": sweep, "bpe": bpe}
+WHAT = {"scenes": scenes, "edit": edit, "sweep": sweep, "bias": bias, "table": table, "bpe": bpe}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -155,20 +182,35 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of phrasings and decoding (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    group = parser.add_argument_group("for table")
+    group.add_argument("--pool", type=Path, default=Path("runs/pool"), help="its folder (default runs/pool)")
+    group.add_argument("--minutes", type=float, default=0, help="of training for each run; 0: only print the tables")
+    group.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
+    group.add_argument("--arms", type=lambda text: text.split(","), default=list(compare.ARMS),
+                       help=f"which, with commas between (default all: {', '.join(compare.ARMS)})")
+    group.add_argument("--workers", type=int, default=os.cpu_count(),
+                       help="runs at a time, with one thread each if there are several (default: the CPU's cores)")
     group = parser.add_argument_group("for bpe")
     group.add_argument("--captions", type=Path, help="a text file, a caption a line")
     group.add_argument("--bpe", type=Path, default=published.CLIP_BPE,
                        help="merges (default: CLIP's, where data/download.py puts them)")
     args = parser.parse(argv)
-    for flag in ("num_scenes", "phrasings"):
+    for flag in ("num_scenes", "phrasings", "seeds", "workers"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
     if args.out and not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
+    for arm in args.arms:
+        if arm not in compare.ARMS:
+            parser.error(f"--arms: no {arm!r}{nearest(arm, compare.ARMS)}")
+    if args.minutes < 0:
+        parser.error(f"--minutes {args.minutes:g}: must be at least 0")
     try:
         WHAT[args.what](args)
     except ValueError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; the same command goes on from there\n")
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror or error}")
 

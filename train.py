@@ -102,38 +102,41 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
     model, bpe = generator.model, generator.bpe
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     generator.model = averaged
-    optimizer, step, best = optimizer_for(model, cfg, cfg.lr), 0, math.inf
+    optimizer, step, best, seconds = optimizer_for(model, cfg, cfg.lr), 0, math.inf, 0.0  # seconds: in updates alone
     if (run / "last.pt").exists():
         state = checkpoint.load(run / "last.pt", "magvlt")
         model.load_state_dict(state["trained"])
         averaged.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, best = state["step"], state["best"]
+        step, best, seconds = state["step"], state["best"], state["seconds"]
     print(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, "
           f"{cfg.steps:,} updates of {cfg.batch_size}" + (f", going on at step {step:,}" if step else ""))
 
     def save(name):
-        checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, model=averaged.state_dict(), bpe=bpe.to_text(),
-                        vqgan=generator.vqgan.state_dict(), trained=model.state_dict(),
+        checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, seconds=seconds, model=averaged.state_dict(),
+                        bpe=bpe.to_text(), vqgan=generator.vqgan.state_dict(), trained=model.state_dict(),
                         optimizer=optimizer.state_dict())
 
     before = reference_losses(cfg)
     log, recent = Log(run / "log.jsonl", step), {}  # recent: each task's last loss terms, for the bar
     with Interrupt() as stop, tqdm(total=cfg.steps, initial=step, desc="model", unit="step", **BAR) as bar:
         while step < cfg.steps:
+            started = time.perf_counter()
             task, terms, norm = update_model(model, optimizer, cfg, caches["train"], bpe, step)
             step += 1
             average(averaged, model, min(cfg.ema, step / (step + 10)))
+            seconds += time.perf_counter() - started
             bar.update()
             if step % cfg.log_every == 0:
                 values = {name: term.item() for name, term in terms.items()}
-                log.write(step=step, task=task, lr=optimizer.param_groups[0]["lr"], norm=norm.item(), **values)
+                log.write(step=step, seconds=seconds, task=task, lr=optimizer.param_groups[0]["lr"], norm=norm.item(),
+                          **values)
                 recent[task] = f"{task} " + " ".join(f"{value:.3f}" for value in values.values())
                 rate = cfg.batch_size * (bar.format_dict["rate"] or 0)
                 bar.set_postfix_str(f"{', '.join(sorted(recent.values()))}, {rate:.0f} samples/s", refresh=False)
             if (step % cfg.eval_every == 0 or step == cfg.steps) and "val" in caches:
                 losses = validate(averaged, cfg, caches["val"], bpe)
-                log.write(step=step, **{f"val_{name}": value for name, value in losses.items()})
+                log.write(step=step, seconds=seconds, **{f"val_{name}": value for name, value in losses.items()})
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
                 tqdm.write(f"step {step:,}: validation {shown}" + before.get(step, ""))
                 if losses[method_of(cfg).MAIN] < best:

@@ -154,6 +154,39 @@ def evaluate_editing(generator, level: shapes.Level, num_scenes: int, phrasings:
                      edit.centre_words(lengths, cfg.text_length))}
 
 
+def evaluate_bias(generator, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0) -> dict:
+    """The paper's figure 4 with exact counts: where nothing is as usual, is it said what is there, or what is usual?
+
+    level is a biased one. Unseen scenes are asked for and shown in which no object has its shape's usual colour, and no
+    two have the same shape. {name: Share} of the objects: "i2t_seen", the caption gives the shape its true colour;
+    "i2t_usual", its usual colour; "t2i_asked" and "t2i_usual", the same of the shapes in the drawings.
+    """
+    plain = shapes.get_level(level.name.removesuffix("-biased"))
+    scenes = [scene for scene in unseen_scenes(plain, 10 * num_scenes)
+              if all(thing.colour != shapes.USUAL[thing.shape] for thing in scene.things)
+              and len({thing.shape for thing in scene.things}) == len(scene.things)][:num_scenes]
+    rng, chance = random.Random(keyed_seed(seed, "phrasings")), keyed_generator(seed, "decoding")
+    asked = [scene for scene in scenes for _ in range(phrasings)]
+    drawn = shapes.read_images(generator.draw([shapes.describe(s, plain, rng) for s in asked], chance), plain)
+    captions, _ = generator.caption(np.stack([shapes.draw_scene(s, plain, rng) for s in asked]), chance)
+    claims = [shapes.parse(caption) for caption in captions]
+
+    def share(found: list, colour_of) -> Share:
+        """Of each asked scene's things, those whose shape is found once, in the colour that colour_of(thing) gives."""
+        values = []
+        for scene, things in zip(asked, found):
+            right = [[one.colour for one in things if one.shape == thing.shape] == [colour_of(thing)]
+                     for thing in scene.things]
+            values.append(sum(right) / len(right))
+        return share_over_scenes(values, phrasings)
+
+    told, painted = [claim.things if claim else () for claim in claims], [reading.scene.things for reading in drawn]
+    true, usual = (lambda thing: thing.colour), (lambda thing: shapes.USUAL[thing.shape])
+    return {"scenes": len(scenes), "phrasings": phrasings,
+            "i2t_seen": share(told, true), "i2t_usual": share(told, usual),
+            "t2i_asked": share(painted, true), "t2i_usual": share(painted, usual)}
+
+
 def scene_table(results: dict) -> str:
     """The results of evaluate_scenes as a text table."""
     r = results
