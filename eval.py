@@ -4,9 +4,11 @@
   edit      whole objects hidden and inpainted, whole noun phrases hidden and infilled
   sweep     how right drawings and captions are, against decoding steps and order
   bias      in a biased world: is it said what is there, or what is usual?
+  speed     masked against autoregressive decoding, random weights: python eval.py speed --preset base
   table     trains a pool of variants, and prints the paper's tables from it: python eval.py table --minutes 12
   bpe       how fast captions are encoded, beside CLIP's own algorithm: python eval.py bpe --captions FILE
 """
+import dataclasses
 import html
 import os
 import random
@@ -17,14 +19,17 @@ from pathlib import Path
 from statistics import median
 
 import ftfy
+import torch
 
 from nanomagvlt import checkpoint, compare, metrics, published, shapes
+from nanomagvlt import speed as timing
 from nanomagvlt.bpe import BPE, BYTE_TO_SYMBOL, CLIP_WORDS, to_symbols
-from nanomagvlt.config import Parser, nearest
+from nanomagvlt.config import PRESETS, Parser, nearest, preset
 from nanomagvlt.data import write_json
-from nanomagvlt.generate import Generator, load_generator
+from nanomagvlt.generate import Generator, load_generator, pick_device
 from nanomagvlt.masking import ORDERS, SCHEDULES
 from nanomagvlt.sequence import TASKS
+from nanomagvlt.vqgan import VQGAN
 
 
 def scenes(args) -> None:
@@ -94,6 +99,23 @@ def table(args) -> None:
     print(compare.tables(args.pool))
     if failed:
         raise ValueError(f"failed, and not in the tables: {', '.join(failed)}; the same command tries again")
+
+
+def speed(args) -> None:
+    """MAGVLT against ARGVLT, random weights: latency, throughput, and what the machine could do."""
+    device, dtype, cfg, found = pick_device(args.device), timing.DTYPES[args.dtype], preset(args.preset), []
+    machine = {"bandwidth": timing.memory_bandwidth(device), "matrix_rate": timing.matrix_rate(device, dtype)}
+    print(f"{args.preset}, {args.dtype}, {device} ({torch.get_num_threads()} CPU threads)"
+          f"{', compiled' * args.compile}; medians of {args.repeats}\nmeasured here: memory "
+          f"{machine['bandwidth'] / 1e9:.1f} GB/s, matrices {machine['matrix_rate'] / 1e9:,.0f} GFLOP/s")
+    print(timing.HEAD)
+
+    def report(comparison: timing.Comparison) -> None:
+        print(comparison, flush=True)
+        found.append(dataclasses.asdict(comparison))
+    vqgan = VQGAN(cfg).to(device).eval()
+    timing.compare(cfg, vqgan, device, dtype, args.batches, args.repeats, args.compile, report)
+    save(args, machine | {"comparisons": found})
 
 
 def small_world(args) -> tuple[Generator, shapes.Level]:
@@ -169,7 +191,8 @@ def bpe(args) -> None:
               "same ids")
 
 
-WHAT = {"scenes": scenes, "edit": edit, "sweep": sweep, "bias": bias, "table": table, "bpe": bpe}
+WHAT = {"scenes": scenes, "edit": edit, "sweep": sweep, "bias": bias, "speed": speed, "table": table,
+        "bpe": bpe}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -190,12 +213,19 @@ def main(argv: list[str] | None = None) -> None:
                        help=f"which, with commas between (default all: {', '.join(compare.ARMS)})")
     group.add_argument("--workers", type=int, default=os.cpu_count(),
                        help="runs at a time, with one thread each if there are several (default: the CPU's cores)")
+    group = parser.add_argument_group("for speed")
+    group.add_argument("--preset", default="tiny", choices=PRESETS, help="whose sizes (default tiny)")
+    group.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="of the weights (default fp32)")
+    group.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32],
+                       help="batch sizes, with commas between (default 1,8,32)")
+    group.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that is not (default 5)")
+    group.add_argument("--compile", action="store_true", help="torch.compile both, on CUDA with CUDA graphs")
     group = parser.add_argument_group("for bpe")
     group.add_argument("--captions", type=Path, help="a text file, a caption a line")
     group.add_argument("--bpe", type=Path, default=published.CLIP_BPE,
                        help="merges (default: CLIP's, where data/download.py puts them)")
     args = parser.parse(argv)
-    for flag in ("num_scenes", "phrasings", "seeds", "workers"):
+    for flag in ("num_scenes", "phrasings", "seeds", "workers", "repeats"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
     if args.out and not args.out.parent.is_dir():

@@ -10,7 +10,7 @@ to the right: next_states[j] is what the place before j says about j.
 
 Shapes: B batch, N image places, T text places, L sequence, V vocabulary, D width. Read on in shapes.py.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -62,31 +62,43 @@ def cross_entropy(logits: Tensor, targets: Tensor, is_scored: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- sampling
 
+def next_token(model, seq: sequence.Sequence, places: Tensor, cache, modality: str, temperature: float, top_k: int,
+               uniform: Tensor) -> Tensor:
+    """Reads places (L',), and samples the token (B,) behind the last of them, by uniform numbers (B, 1)."""
+    states = model(seq, places, cache)                                                               # (B, L', D)
+    logits = model.score(states[:, -1:], modality) / temperature                                     # (B, 1, V)
+    return sample(logits, uniform, top_k)[0][:, 0]
+
+
 @torch.no_grad()
 def generate(model, task: str, image_tokens: Tensor, text_tokens: Tensor, lengths: Tensor, to_fill: Tensor,
-             generator: torch.Generator, temperature: float = 1.0, top_k: int = 0, use_cache: bool = True) -> Tensor:
+             generator: torch.Generator, temperature: float = 1.0, top_k: int = 0, use_cache: bool = True,
+             cache=None, step: Callable = next_token) -> Tensor:
     """Fills the places to_fill of the generated half one by one: image tokens (B, N) in t2i, text tokens (B, T) in i2t.
     What is not to be filled is given, and seen by what stands to its right.
 
     In i2t a row is over with its first end token: end tokens follow. lengths (B,) are those of the condition in t2i; in
     i2t, how far the text may go. The keys and values of all that has been read are kept (use_cache), in tensors as
     large as the sequence from the start, or worked out again for every token, for comparison: the tokens are the same.
-    All randomness is drawn beforehand, row after row.
+    All randomness is drawn beforehand, row after row. `step` may be a compiled next_token(): all calls but the first
+    have the same shapes, and nothing waits. `cache` may be one of an earlier call: what it held is not looked at.
     """
-    cfg, is_image = model.cfg, task == "t2i"
+    cfg, modality = model.cfg, "image" if task == "t2i" else "text"
     seq = whole_sequence(task, cfg, image_tokens, text_tokens, lengths)
-    half, first_id, end = ((seq.layout.image, 0, -1) if is_image else
+    half, first_id, end = ((seq.layout.image, 0, -1) if task == "t2i" else
                            (seq.layout.text, cfg.codebook_size, cfg.text_vocab - 1))      # an image has no end token
     batch, count = to_fill.shape
     uniform = torch.rand(batch, count, generator=generator).to(to_fill.device)                       # (B, N) or (B, T)
     is_over = torch.zeros(batch, dtype=torch.bool, device=to_fill.device)                            # (B,)
-    cache, read = model.new_cache(batch, seq.token_ids.shape[1]) if use_cache else None, 0
+    places = torch.arange(seq.token_ids.shape[1], device=to_fill.device)                             # (L,)
+    if use_cache and cache is None:
+        cache = model.new_cache(batch, len(places))
+    read = 0
     for i in range(count):
         place = half.start + i
-        states = model(seq, read, place, cache)                                 # of what stands before place
+        token = step(model, seq, places[read:place], cache, modality, temperature, top_k, uniform[:, i:i + 1])
         read = place if use_cache else 0
-        logits = model.score(states[:, -1:], "image" if is_image else "text") / temperature          # (B, 1, V)
-        token = sample(logits, uniform[:, i:i + 1], top_k)[0][:, 0].masked_fill(is_over, end)        # (B,)
+        token = token.masked_fill(is_over, end)                                                      # (B,)
         seq.token_ids[:, place] = torch.where(to_fill[:, i], token + first_id, seq.token_ids[:, place])
         is_over = is_over | (seq.token_ids[:, place] == first_id + end)
     return seq.token_ids[:, half] - first_id

@@ -13,7 +13,10 @@ on from its last.pt. Unix only: a lock that all processes hold keeps two drivers
 """
 import fcntl
 import json
+import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -50,7 +53,8 @@ ARMS = {
     "unroll-all": {"unroll_mask": True, "unroll_text": "all"},
     "length-main": {"length_pass": "main"},
 }
-YARDSTICK = "plain"  # the arm whose updates fill the minutes; the others' follow from what one of theirs costs beside it
+SHORT = 30, 150        # of a short run: the updates that are not timed, and all of them
+YARDSTICK = "plain"    # the arm whose updates fill the minutes; the others' follow from what one costs beside it
 
 
 @dataclass
@@ -100,8 +104,10 @@ class Job:
 
 
 def fill(pool: Path, arms: list[str], seeds: int, minutes: float, workers: int) -> list[str]:
-    """Trains and measures what the pool lacks; the names of what failed. Raises ValueError if the pool is in use, or was
-    begun with other minutes."""
+    """Trains and measures what the pool lacks; the names of what failed.
+
+    Raises ValueError if the pool is in use, or was begun with other minutes.
+    """
     pool.mkdir(parents=True, exist_ok=True)
     lock = open(pool / ".lock", "w")  # the commands hold it too: an orphan of a killed driver is not overtaken
     try:
@@ -146,26 +152,27 @@ def of_an_arm(pool: Path, arm: str, seed: int, steps: int) -> dict:
 
 def plan(pool: Path, arms: list[str], minutes: float, workers: int, lock) -> tuple[dict[str, int], list[str]]:
     """How many updates each arm gets, and what failed. An arm that comes later is measured beside the yardstick."""
-    path, short, warm = pool / "plan.json", 150, 30
+    path, (warm, short) = pool / "plan.json", SHORT
     kept = json.loads(path.read_text()) if path.exists() else {"minutes": minutes, "updates": {}, "milliseconds": {}}
     if kept["minutes"] != minutes:
         raise ValueError(f"--minutes {minutes:g}, but {pool} was begun with {kept['minutes']:g}: take another --pool")
     new = [arm for arm in arms if arm not in kept["updates"]]
     if not new:
         return kept["updates"], []
-    measured = {arm: pool / f"cost-{arm}" / "scenes.json" for arm in dict.fromkeys([YARDSTICK, *new])}
-    often = {"log_every": 10, "eval_every": 10 ** 6, "sample_every": 10 ** 6, "eval_scenes": 1}
-    failed = work([Job(file.parent.name, train(file.parent, of_an_arm(pool, arm, 0, short) | often), file)
-                   for arm, file in measured.items()], workers, lock)
-    cost = {}
-    for arm, file in measured.items():
-        if file.exists():
-            clock = {line["step"]: line["seconds"] for line in read_log(file.with_name("log.jsonl"))}
-            cost[arm] = 1000 * (clock[short] - clock[warm]) / (short - warm)
+    often = {"log_every": warm, "eval_every": 10 ** 6, "sample_every": 10 ** 6, "eval_scenes": 1}
+    arm_of = {pool / f"cost-{arm}-{again}": arm for again in range(2) for arm in dict.fromkeys([YARDSTICK, *new])}
+    failed = work([Job(folder.name, train(folder, of_an_arm(pool, arm, 0, short) | often), folder / "scenes.json")
+                   for folder, arm in arm_of.items()], workers, lock)
+    cost = {}  # the quicker of two, since what else goes on on the machine can only slow one down
+    for folder, arm in arm_of.items():
+        if (folder / "scenes.json").exists():
+            clock = {line["step"]: line["seconds"] for line in read_log(folder / "log.jsonl")}
+            cost[arm] = min(1000 * (clock[short] - clock[warm]) / (short - warm), cost.get(arm, math.inf))
+            shutil.rmtree(folder)
     if YARDSTICK in cost:
         base = kept["updates"].get(YARDSTICK, minutes * 60_000 / cost[YARDSTICK])
         for arm in {YARDSTICK, *new} & set(cost) - set(kept["updates"]):
-            kept["updates"][arm] = max(100, round(base * cost[YARDSTICK] / cost[arm] / 100) * 100)
+            kept["updates"][arm] = max(short, round(base * cost[YARDSTICK] / cost[arm] / 10) * 10)
             kept["milliseconds"][arm] = round(cost[arm], 1)
         write_json(path, kept)
     return kept["updates"], failed
@@ -179,7 +186,7 @@ def run(pool: Path, arm: str, seed: int, steps: int) -> list[Job]:
     jobs = [Job(folder.name, train(folder, of_an_arm(pool, arm, seed, steps) | often), scenes)]
     for what in ("bias",) if arm in BIASED else ("edit",):
         out = folder / f"{what}.json"
-        jobs.append(Job(f"{folder.name}, {what}", ["eval.py", what, "--checkpoint", last, "--phrasings", "1", "--out",
+        jobs.append(Job(f"{folder.name} ({what})", ["eval.py", what, "--checkpoint", last, "--phrasings", "1", "--out",
                                                    str(out.resolve())], out, scenes))
     return jobs
 
@@ -196,6 +203,7 @@ def work(jobs: list[Job], workers: int, lock) -> list[str]:
     """Runs the jobs that are not done, `workers` at a time, in order; the names of those that failed."""
     waiting, running, failed = [job for job in jobs if not job.done.exists()], {}, []
     total, started = len(waiting), time.monotonic()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         while waiting or running:
             ready = [job for job in waiting if job.needs is None or job.needs.exists()]
@@ -215,7 +223,8 @@ def work(jobs: list[Job], workers: int, lock) -> list[str]:
                                      f"{(time.monotonic() - started) / 60:.0f} minutes)" if is_done else
                                      f"failed, see {job.done.parent / 'output.txt'}"), flush=True)
             time.sleep(0.1)
-    finally:  # Ctrl-C: they save and stop
+    finally:
+        signal.signal(signal.SIGTERM, before)  # what still runs saves and stops
         for _, process in running.values():
             process.terminate()
         for _, process in running.values():
@@ -257,11 +266,8 @@ def difference(ours: dict[int, dict], reference: dict[int, dict], name: str) -> 
     return mean(gaps), T_95[min(len(gaps), 10)] * stdev(gaps) / len(gaps) ** 0.5
 
 
-def verdict(table: Table, arm: str, results: dict[str, dict]) -> str:
-    """Does the paper's order of this arm and the table's first hold here?"""
-    first = next(iter(table.rows))
-    if arm == first or not results[first]:
-        return ""
+def verdict(table: Table, arm: str, first: str, results: dict[str, dict]) -> str:
+    """Does the paper's order of this arm and the first hold here?"""
     gap, half = difference(results[arm], results[first], table.ours)
     text = f"{gap:+.3f} +- {half:.3f}  " if half < float("inf") else f"{gap:+.3f}, one seed  "
     task = "t2i" if table.ours in ("t2i_exact", "object_inpainted") else "i2t"
@@ -284,9 +290,10 @@ def tables(pool: Path) -> str:
         text += ["", table.title, f"{'':18}{table.ours + ', by seed':36}{'mean':8}{table.paper:8}against {rows[0]}"]
         for arm in rows:
             values = [r[table.ours]["value"] for r in results[arm].values() if table.ours in r]
-            paper = table.rows[arm]
-            text.append(f"{arm:18}{' '.join(f'{value:.3f}' for value in values):36}{mean(values):<8.3f}"
-                        f"{'-' if paper is None else paper:<8}{verdict(table, arm, results)}".rstrip())
+            paper = "-" if table.rows[arm] is None else table.rows[arm]
+            holds = "" if arm == rows[0] else verdict(table, arm, rows[0], results)
+            by_seed = " ".join(f"{value:.3f}" for value in values)
+            text.append(f"{arm:18}{by_seed:36}{mean(values):<8.3f}{paper:<8}{holds}")
     text += bias_table(results) + cost_table(pool)
     return "\n".join(text).strip()
 

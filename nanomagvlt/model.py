@@ -30,22 +30,24 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
         self.proj = nn.Linear(cfg.width, cfg.width)
 
-    def forward(self, x: Tensor, is_valid: Tensor, where: Layout, start: int = 0,
+    def forward(self, x: Tensor, is_valid: Tensor, where: Layout, places: Tensor | None = None,
                 kept: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x (B, L, D), is_valid (B, L) bool -> (B, L, D).
 
-        If causal, x may be a part of the sequence, from place `start` on: what was read before is then in `kept`, keys
-        and values, which gain x's.
+        If causal, x may be a part of the sequence, its `places`: what was read before is then in `kept`, keys and
+        values (B, H, L, D/H), which gain x's.
         """
         b, l, d = x.shape
         q, k, v = self.qkv(x).view(b, l, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, L, D/H) each
         dropout = self.dropout if self.training else 0.0
         if self.is_causal:
-            if kept is not None:
-                kept[0][:, :, start:start + l], kept[1][:, :, start:start + l] = k, v
-                k, v = kept
-            place = torch.arange(k.shape[2], device=x.device)
-            may_attend = is_valid[:, None, None, :k.shape[2]] & (place <= place[start:start + l, None])
+            everywhere = torch.arange(is_valid.shape[1], device=x.device)
+            places = everywhere if places is None else places
+            of_keys = places
+            if kept is not None:  # always whole, room for what comes later included: one shape for every step
+                k, v = kept[0].index_copy_(2, places, k), kept[1].index_copy_(2, places, v)
+                of_keys = everywhere
+            may_attend = is_valid[:, None, None, of_keys] & (of_keys <= places[:, None])         # (B, 1, L, keys)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, dropout_p=dropout)
             return self.proj(y.transpose(1, 2).reshape(b, l, d))                                 # (B, L, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=is_valid[:, None, None, :], dropout_p=dropout)
@@ -70,9 +72,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(cfg.width, 4 * cfg.width), nn.GELU(), nn.Linear(4 * cfg.width, cfg.width))
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, is_valid: Tensor, where: Layout, start: int = 0,
+    def forward(self, x: Tensor, is_valid: Tensor, where: Layout, places: Tensor | None = None,
                 kept: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), is_valid, where, start, kept))
+        x = x + self.dropout(self.attention(self.norm1(x), is_valid, where, places, kept))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -107,25 +109,25 @@ class MAGVLT(nn.Module):
     def device(self) -> torch.device:
         return self.output_bias.device
 
-    def forward(self, seq: Sequence, start: int = 0, stop: int | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, seq: Sequence, places: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """The states after the last block: (B, L, D). There is no LayerNorm after it.
 
-        If causal, places start:stop may be read alone; what is before them must be in the cache, if start > 0.
+        If causal, some places (L',) may be read alone, in order; what is before them must be in the cache.
         """
-        part = slice(start, stop)
+        part = slice(None) if places is None else places
         x = self.tokens(seq.token_ids[:, part]) + self.places(seq.place_ids[part])                 # (B, L, D)
         x = x + seq.is_masked[:, part, None] * self.places(seq.masked_ids[part])                   # (B, L, D)
         if self.segments is not None:  # L-Verse's [REF] and [GEN]: before BOG, and from there on
             half = torch.arange(seq.token_ids.shape[1], device=x.device) >= seq.layout.bog
             x = x + self.segments(half[part].long())
         for i, block in enumerate(self.blocks):
-            x = block(x, seq.is_valid, seq.layout, start, cache[i] if cache else None)
+            x = block(x, seq.is_valid, seq.layout, places, cache[i] if cache else None)
         return x
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """Room for the keys and values of a whole sequence, a pair (B, H, L, D/H) for each block."""
         shape = batch, self.cfg.heads, length, self.cfg.width // self.cfg.heads
-        return [(torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device)) for _ in self.blocks]
+        return [tuple(self.output_bias.new_zeros(shape) for _ in "kv") for _ in self.blocks]
 
     def image_logits(self, states: Tensor, where: Layout) -> Tensor:
         """What may stand at each image place, by last states (B, L, D): (B, N, V_I)."""
@@ -162,3 +164,10 @@ def waves(num_places: int, width: int) -> Tensor:
 def num_parameters(model: nn.Module) -> int:
     """Trained numbers in a module, tied ones counted once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def operations(cfg: Config, places: int, keys: int, scored: int, vocabulary: int) -> int:
+    """Multiplications and additions in the matrices of one sample's forward pass: `places` are read, each looks at
+    `keys`, and `scored` of them are scored over `vocabulary` tokens. Backward costs twice that."""
+    blocks = cfg.layers * places * (12 * cfg.width ** 2 + 2 * keys * cfg.width)  # qkv, proj, MLP; Q K^T and A V
+    return 2 * (blocks + scored * cfg.width * (cfg.width + vocabulary))

@@ -50,7 +50,7 @@ def test_the_cache_holds_what_the_whole_sequence_gives(causal, batch):
     seq = whole(causal, "t2i", batch)
     cache, states = causal.new_cache(5, seq.token_ids.shape[1]), []
     for place in range(seq.token_ids.shape[1]):
-        states.append(causal(seq, place, place + 1, cache))
+        states.append(causal(seq, torch.tensor([place]), cache))
     assert torch.allclose(torch.cat(states, 1), causal(seq), atol=1e-5)
 
 

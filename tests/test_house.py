@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "objectives": "sequence masking", "decode": "sequence masking",
     "data": "bpe shapes", "checkpoint": "bpe config model vqgan",
     "metrics": "shapes data edit sequence", "published": "bpe checkpoint config model vqgan",
+    "compare": "data", "speed": "argvlt config decode model sequence",
     "clip": "bpe", "edit": "bpe", "watch": "bpe decode model sequence",
     "loop": "config", "vqtrain": "checkpoint config data loop model shapes vqgan vqloss",
     "generate": "argvlt bpe checkpoint config data decode model published sequence vqgan",

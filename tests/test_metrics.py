@@ -7,8 +7,8 @@ import torch
 from nanomagvlt import shapes
 from nanomagvlt.bpe import BPE
 from nanomagvlt.config import preset
-from nanomagvlt.metrics import (as_json, evaluate_editing, evaluate_scenes, scene_table, share_over_scenes,
-                                unseen_scenes, wilson)
+from nanomagvlt.metrics import (as_json, evaluate_bias, evaluate_editing, evaluate_scenes, scene_table,
+                                share_over_scenes, unseen_scenes, wilson)
 
 TINY = shapes.get_level("tiny")
 
@@ -121,3 +121,26 @@ def test_editing_is_judged_whole():
     for name in ("object_inpainted", "object_infilled", "centre_inpainted", "centre_infilled"):
         assert right[name].value == 1 and wrong[name].value < 0.3, name
         assert right[f"{name}_without"].value < 0.3
+
+
+class Habit(Knows):
+    """Sees and draws every shape where it is, in its usual colour."""
+
+    def usual(self, scene):
+        return shapes.Scene(scene.background, tuple(shapes.Thing(t.shape, shapes.USUAL[t.shape], t.size, t.cell)
+                                                    for t in scene.things))
+
+    def draw(self, prompts, generator):
+        return np.stack([shapes.draw_scene(self.usual(self.meant(prompt)[0]), TINY) for prompt in prompts])
+
+    def caption(self, images, generator):
+        scenes = [self.usual(reading.scene) for reading in shapes.read_images(images, TINY)]
+        return [shapes.describe(scene, TINY, random.Random(0)) for scene in scenes], [7] * len(scenes)
+
+
+def test_who_knows_says_what_is_there_and_who_has_habits_what_is_usual():
+    for generator, seen in ((Knows(), 1), (Habit(), 0)):
+        results = evaluate_bias(generator, shapes.get_level("tiny-biased"), 10)
+        assert results["scenes"] == 10
+        assert [results[name].value for name in ("i2t_seen", "t2i_asked", "i2t_usual", "t2i_usual")] == [
+            seen, seen, 1 - seen, 1 - seen]

@@ -39,7 +39,7 @@ def equal(a, b) -> bool:
 
 
 def content(folder: Path) -> dict:
-    """All that a run wrote, by file name: checkpoints as loaded, everything else as bytes; the clock's readings aside."""
+    """All that a run wrote, by file name: checkpoints as loaded, all else as bytes; the clock's readings aside."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.suffix == ".pt":
