@@ -7,10 +7,12 @@ Every stage that is missing is done, every stage that is there is reused, and ea
   model    the transformer                           -> runs/NAME/last.pt, best.pt, log.jsonl, samples/
 Ctrl-C (or SIGTERM) saves and stops; the same command goes on from there, bit for bit as if it had not stopped.
 """
+import contextlib
 import copy
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter, defaultdict
@@ -21,15 +23,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanomagvlt import argvlt, checkpoint, metrics, objectives, shapes
+from nanomagvlt import checkpoint, metrics, parallel, shapes
 from nanomagvlt.bpe import BPE
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, Parser, add_config_flags, config_from_args
 from nanomagvlt.data import (DataError, TokenCache, keyed_generator, keyed_seed, left_out, make_batch, read_pairs,
                              rows_of_step, write_cache, write_json)
 from nanomagvlt.generate import Generator, contact_sheet, pick_device
-from nanomagvlt.loop import BAR, Interrupt, Log, Stopped, learning_rate, optimizer_for
+from nanomagvlt.loop import BAR, Finite, Interrupt, Log, Stopped, optimizer_for
 from nanomagvlt.model import MAGVLT, num_parameters
 from nanomagvlt.sequence import TASKS
+from nanomagvlt.update import Meter, Parts, average, method_of, uniform, update_model
 from nanomagvlt.vqgan import VQGAN
 from nanomagvlt.vqtrain import train_vqgan
 
@@ -99,42 +102,39 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
 
     What is validated and sampled is a moving average of the weights, `averaged`; generator ends with it.
     """
-    model, bpe = generator.model, generator.bpe
-    averaged = copy.deepcopy(model).eval().requires_grad_(False)
-    generator.model = averaged
-    optimizer, step, best, seconds = optimizer_for(model, cfg, cfg.lr), 0, math.inf, 0.0  # seconds: in updates alone
-    if (run / "last.pt").exists():
-        state = checkpoint.load(run / "last.pt", "magvlt")
-        model.load_state_dict(state["trained"])
-        averaged.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, best, seconds = state["step"], state["best"], state["seconds"]
-    print(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, "
-          f"{cfg.steps:,} updates of {cfg.batch_size}" + (f", going on at step {step:,}" if step else ""))
+    model, bpe, device, is_first = generator.model, generator.bpe, generator.device, parallel.rank() == 0
+    generator.model = averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = optimizer_for(model, cfg, cfg.lr)
+    step, best, seconds = resume(run, model, averaged, optimizer)  # seconds: in updates alone
+    say(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, "
+        f"{cfg.steps:,} updates of {cfg.batch_size}" + (f", going on at step {step:,}" if step else ""))
 
     def save(name):
         checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, seconds=seconds, model=averaged.state_dict(),
                         bpe=bpe.to_text(), vqgan=generator.vqgan.state_dict(), trained=model.state_dict(),
                         optimizer=optimizer.state_dict())
 
-    before = reference_losses(cfg)
-    log, recent = Log(run / "log.jsonl", step), {}  # recent: each task's last loss terms, for the bar
-    with Interrupt() as stop, tqdm(total=cfg.steps, initial=step, desc="model", unit="step", **BAR) as bar:
+    one_pass = torch.compile(method_of(cfg).one_pass) if cfg.compile else method_of(cfg).one_pass
+    parts, meter, is_finite = Parts(cfg, caches["train"], bpe, device), Meter(cfg, device), Finite(run)
+    log, before = Log(run / "log.jsonl" if is_first else Path(os.devnull), step), reference_losses(cfg)
+    with Interrupt() as stop, tqdm(total=cfg.steps, initial=step, desc="model", unit="step", disable=not is_first,
+                                   **BAR) as bar:
         while step < cfg.steps:
             started = time.perf_counter()
-            task, terms, norm = update_model(model, optimizer, cfg, caches["train"], bpe, step)
+            task, terms, norm = update_model(model, optimizer, cfg, parts, one_pass, step)
             step += 1
-            average(averaged, model, min(cfg.ema, step / (step + 10)))
+            if is_finite(norm, step):  # else nothing was changed
+                average(averaged, model, min(cfg.ema, step / (step + 10)))
             seconds += time.perf_counter() - started
+            meter.count(task, parts.num_text)
             bar.update()
             if step % cfg.log_every == 0:
                 values = {name: term.item() for name, term in terms.items()}
                 log.write(step=step, seconds=seconds, task=task, lr=optimizer.param_groups[0]["lr"], norm=norm.item(),
-                          **values)
-                recent[task] = f"{task} " + " ".join(f"{value:.3f}" for value in values.values())
-                rate = cfg.batch_size * (bar.format_dict["rate"] or 0)
-                bar.set_postfix_str(f"{', '.join(sorted(recent.values()))}, {rate:.0f} samples/s", refresh=False)
-            if (step % cfg.eval_every == 0 or step == cfg.steps) and "val" in caches:
+                          skipped=is_finite.lost, **values)
+                bar.set_postfix_str(meter.read(task, values), refresh=False)
+            is_last = step == cfg.steps
+            if (step % cfg.eval_every == 0 or is_last) and "val" in caches and is_first:
                 losses = validate(averaged, cfg, caches["val"], bpe)
                 log.write(step=step, seconds=seconds, **{f"val_{name}": value for name, value in losses.items()})
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
@@ -142,39 +142,24 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
                 if losses[method_of(cfg).MAIN] < best:
                     best = losses[method_of(cfg).MAIN]
                     save("best.pt")
-            if step % cfg.sample_every == 0 or step == cfg.steps:
+            if (step % cfg.sample_every == 0 or is_last) and is_first:
                 save_samples(generator, caches.get("val", caches["train"]), run / "samples" / f"{step:06d}.png")
-            if step % cfg.save_every == 0 or step == cfg.steps or stop.came:
+            stops = parallel.any_of(stop.came, device)
+            if (step % cfg.save_every == 0 or is_last or stops) and is_first:
                 save("last.pt")
-            if stop.came and step < cfg.steps:
+            if stops and not is_last:
                 raise Stopped(f"{run / 'last.pt'} at step {step:,}")
 
 
-def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, cache: TokenCache, bpe: BPE,
-                 step: int) -> tuple[str, dict[str, torch.Tensor], torch.Tensor]:
-    """One update of one task, which is drawn here: the task, its loss terms, and the gradient's norm."""
-    task = draw_task(cfg, step)
-    rows = rows_of_step(step, cfg.batch_size, len(cache), cfg.seed)
-    batch = make_batch(cache, bpe, rows, cfg, cfg.bpe_dropout, (cfg.seed, "bpe dropout", step))
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, cfg.lr, cfg.warmup, cfg.steps, cfg.lr_fall)
-
-    torch.manual_seed(keyed_seed(cfg.seed, "dropout", step))  # dropout alone uses the global generator
-    optimizer.zero_grad()
-    terms = {}
-    method, numbers = method_of(cfg), partial(uniform, model.device, cfg.batch_size, cfg.seed, step)
-    for of_a_pass in method.loss_terms(model, task, batch, numbers):
-        method.total_loss(of_a_pass, task, cfg).backward()  # a sum's gradient is its parts': one graph lives at a time
-        terms |= {name: term.detach() for name, term in of_a_pass.items()}
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-    optimizer.step()
-    return task, terms, norm
-
-
-def method_of(cfg: Config):
-    """The module that holds the method's loss_terms() and total_loss()."""
-    return argvlt if cfg.model == "argvlt" else objectives
+def resume(run: Path, model: MAGVLT, averaged: MAGVLT, optimizer: torch.optim.Optimizer) -> tuple[int, float, float]:
+    """Takes everything up from last.pt, if there is one: its step, the best validation loss, seconds of training."""
+    if not (run / "last.pt").exists():
+        return 0, math.inf, 0.0
+    state = checkpoint.load(run / "last.pt", "magvlt")
+    model.load_state_dict(state["trained"])
+    averaged.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["best"], state["seconds"]
 
 
 def reference_losses(cfg: Config) -> dict[int, str]:
@@ -191,23 +176,6 @@ def reference_losses(cfg: Config) -> dict[int, str]:
 
 
 @torch.no_grad()
-def average(averaged: MAGVLT, model: MAGVLT, decay: float) -> None:
-    """averaged = decay x averaged + (1 - decay) x model, weight by weight."""
-    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
-
-
-def draw_task(cfg: Config, step: int) -> str:
-    """The task of an update, T2I : I2T : IT2IT as task_weights; the same wherever it is asked for."""
-    weights = torch.tensor(cfg.task_weights)
-    return TASKS[int(torch.multinomial(weights, 1, generator=keyed_generator(cfg.seed, "task", step)))]
-
-
-def uniform(device: torch.device, batch_size: int, seed: int, step: int, purpose: str, *shape: int) -> torch.Tensor:
-    """The `uniform` of objectives.py: numbers (B, *shape) in [0, 1) that depend on seed, update and purpose."""
-    return torch.rand(batch_size, *shape, generator=keyed_generator(seed, step, purpose)).to(device)
-
-
-@torch.no_grad()
 def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[str, float]:
     """Mean loss terms of each task on up to 512 unseen pairs, always the same with the same masks; the method's main
     term, "mask", is also added up over the tasks, by their weights."""
@@ -217,7 +185,7 @@ def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[st
         rows = rows_of_step(i, size, len(cache), cfg.seed)
         batch = make_batch(cache, bpe, rows, cfg)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        numbers = partial(uniform, model.device, size, cfg.seed, f"val {i}")
+        numbers = partial(uniform, model.device, size, slice(size), cfg.seed, f"val {i}")
         for task, weight in zip(TASKS, cfg.task_weights):
             if weight:
                 passes = method.loss_terms(model, task, batch, numbers)
@@ -271,6 +239,12 @@ def settle(cfg: Config, run: Path) -> None:
     write_json(path, settings)
 
 
+def say(line: str) -> None:
+    """Prints, if this is the first process."""
+    if parallel.rank() == 0:
+        print(line)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="train.py", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--name", help="the run: runs/NAME (default: the preset's name)")
@@ -283,16 +257,23 @@ def main(argv: list[str] | None = None) -> None:
     if not cfg.data and not (cfg.cache and cfg.vqgan):
         parser.error(f"preset {args.preset} names no pairs: give --data, or --cache and --vqgan (see data/README.md)")
     try:
-        device = pick_device(args.device)
+        device = parallel.begin(pick_device(args.device))
+        num_parts = cfg.batch_size // (cfg.micro_batch or cfg.batch_size)
+        if num_parts % parallel.world():
+            raise ValueError(f"{parallel.world()} processes cannot share batches of {num_parts} parts: batch_size / "
+                             "micro_batch must be a multiple of the processes")
         cfg = with_tokenizers(cfg, args)
         with torch.device("meta"):
             size = num_parameters(MAGVLT(cfg))
-        print(f"{device} ({torch.get_num_threads()} threads), preset {args.preset}, transformer of at most {size:,} "
-              f"parameters -> {run}/")
-        settle(cfg, run)
+        threads, others = torch.get_num_threads(), parallel.world() - 1
+        say(f"{device} ({threads} CPU thread{'s' * (threads > 1)}), {f'{others + 1} processes, ' * (others > 0)}"
+            f"preset {args.preset}, transformer of at most {size:,} parameters -> {run}/")
+        if parallel.rank() == 0:
+            settle(cfg, run)
         stages(cfg, run, device, args.stage)
+        parallel.end()
     except Stopped as what:
-        print(f"stopped: {what}; the same command goes on from there")
+        say(f"stopped: {what}; the same command goes on from there")
         sys.exit(130)  # not 0: `train.py && sample.py` is not to go on with half a model
     except KeyboardInterrupt:  # between the training loops; what is unfinished there is done anew
         parser.exit(130, "stopped; the same command goes on from the last finished stage\n")
@@ -305,19 +286,22 @@ def main(argv: list[str] | None = None) -> None:
 def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
     """All stages in order, up to the last one asked for."""
     started = time.monotonic()
-    vqgan = get_vqgan(cfg, run, device).eval().requires_grad_(False)
-    if last == "vqgan":
-        return
-    caches = make_caches(cfg, run, vqgan)
-    if last == "cache":
-        return
-    bpe = train_bpe(cfg, run, caches["train"])
-    if last == "bpe":
+    if parallel.rank() > 0:  # the first process makes the tokenizers and the cache; then the others find them
+        parallel.wait()
+    with contextlib.redirect_stdout(None) if parallel.rank() > 0 else contextlib.nullcontext():
+        vqgan = get_vqgan(cfg, run, device).eval().requires_grad_(False)
+        caches = make_caches(cfg, run, vqgan) if last != "vqgan" else {}
+        bpe = train_bpe(cfg, run, caches["train"]) if last not in ("vqgan", "cache") else None
+    if parallel.rank() == 0:
+        parallel.wait()
+    if last != "model":
         return
     cfg = dataclasses.replace(cfg, text_vocab=bpe.vocab_size)
     torch.manual_seed(keyed_seed(cfg.seed, "weights"))
     generator = Generator(MAGVLT(cfg).to(device), vqgan, bpe, cfg)
     train_model(cfg, run, caches, generator)
+    if parallel.rank() > 0:
+        return
     minutes = (time.monotonic() - started) / 60
     print(f"trained in {minutes:.1f} minutes -> {run / 'last.pt'}; samples in {run / 'samples'}/")
     if cfg.data.startswith("shapes:"):

@@ -26,7 +26,8 @@ def total_loss(terms: dict[str, Tensor], task: str, cfg) -> Tensor:
     return 0.9 * terms["generated"] + 0.1 * terms["condition"]
 
 
-def loss_terms(model, task: str, batch: dict[str, Tensor], uniform) -> Iterator[dict[str, Tensor]]:
+def loss_terms(model, task: str, batch: dict[str, Tensor], uniform, counts: dict[str, Tensor] | None = None,
+               run: Callable | None = None) -> Iterator[dict[str, Tensor]]:
     """The next-token cross entropies of the generated and of the given half, means over their real tokens.
 
     As objectives.loss_terms(); `uniform` is not needed. Raises ValueError for it2it.
@@ -34,12 +35,28 @@ def loss_terms(model, task: str, batch: dict[str, Tensor], uniform) -> Iterator[
     if task == "it2it":
         raise ValueError("a causal model has no it2it: give task_weights with 0 as their last")
     seq = whole_sequence(task, model.cfg, batch["image_tokens"], batch["text_tokens"], batch["text_lengths"])
-    states = next_states(model(seq))                                                                 # (B, L, D)
-    image = cross_entropy(model.image_logits(states, seq.layout), batch["image_tokens"],
-                          torch.ones_like(batch["image_tokens"], dtype=torch.bool))
-    text = cross_entropy(model.text_logits(states, seq.layout), batch["text_tokens"],
-                         seq.is_valid[:, seq.layout.text])
+    image, text = (run or one_pass)(model, seq, batch, counts["text"] if counts else None,
+                                    counts["image"] if counts else None)
     yield {"generated": image, "condition": text} if task == "t2i" else {"generated": text, "condition": image}
+
+
+def one_pass(model, seq: sequence.Sequence, batch: dict[str, Tensor], num_text: Tensor | None,
+             num_image: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The cross entropy of the image's tokens and of the text's, means over num_image and num_text of them, or over
+    this batch's own."""
+    with torch.autocast(seq.token_ids.device.type, torch.bfloat16, enabled=model.cfg.precision == "bf16"):
+        states = next_states(model(seq))                                                             # (B, L, D)
+        image = cross_entropy(model.image_logits(states, seq.layout), batch["image_tokens"],
+                              torch.ones_like(batch["image_tokens"], dtype=torch.bool), num_image)
+        text = cross_entropy(model.text_logits(states, seq.layout), batch["text_tokens"],
+                             seq.is_valid[:, seq.layout.text], num_text)
+    return image, text
+
+
+def num_scored(task: str, batch: dict[str, Tensor], uniform, cfg) -> dict[str, Tensor]:
+    """How many image and how many text tokens the means are over: () each. As objectives.num_scored()."""
+    num_text = batch["text_lengths"].sum()
+    return {"text": num_text, "image": torch.full_like(num_text, batch["image_tokens"].numel())}
 
 
 def whole_sequence(task: str, cfg, image_tokens: Tensor, text_tokens: Tensor, lengths: Tensor) -> sequence.Sequence:
@@ -53,11 +70,13 @@ def next_states(states: Tensor) -> Tensor:
     return states.roll(1, dims=1)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, is_scored: Tensor) -> Tensor:
-    """Mean over the scored places of the batch: logits (B, N, V), targets (B, N), is_scored (B, N) bool."""
-    total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.masked_fill(~is_scored, -100).flatten(),
-                                              ignore_index=-100, reduction="sum")
-    return total / is_scored.sum().clamp(min=1)
+def cross_entropy(logits: Tensor, targets: Tensor, is_scored: Tensor, count: Tensor | None = None) -> Tensor:
+    """Mean over the scored places of the batch, or over count of them: logits (B, N, V), targets (B, N), is_scored
+    (B, N) bool."""
+    targets = targets.masked_fill(~is_scored, -100)
+    total = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100,
+                                              reduction="sum")
+    return total / (is_scored.sum() if count is None else count)
 
 
 # ---------------------------------------------------------------------------------------------- sampling

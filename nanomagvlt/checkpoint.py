@@ -24,11 +24,15 @@ class CheckpointError(ValueError):
 def save(path: Path, kind: str, cfg: Config, **content) -> None:
     """Writes a checkpoint of kind "vqgan" or "magvlt" beside its place and moves it there: never half a file."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"kind": kind, "config": dataclasses.asdict(cfg), **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"kind": kind, "config": dataclasses.asdict(cfg), **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # a full disk, say: what stood at the place stands there still
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)

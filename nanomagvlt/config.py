@@ -83,7 +83,10 @@ class Config:
     condition_dropout: float = 0.0           # share of T2I's captions left out, which guidance needs (0.1, say); P 0
     # Optimiser
     steps: int = 10_000                      # updates; P 40,000
-    batch_size: int = 16                     # pairs an update; P 4,096
+    batch_size: int = 16                     # pairs an update, of all processes together; P 4,096
+    micro_batch: int = 0                     # pairs in one pass through the model; 0: the whole batch
+    precision: str = "fp32"                  # fp32, or bf16: matrices in bfloat16, the weights stay float32
+    compile: bool = False                    # torch.compile: a slow start, then fewer and larger kernels
     lr: float = 1e-3                         # peak learning rate; P 4.5e-4
     lr_fall: float = 0.3                     # it falls to 0 as a cosine, over this last share of the updates; P 1
     warmup: int = 100                        # updates of linear warm-up
@@ -147,14 +150,11 @@ class Config:
              f"task_weights {self.task_weights} must be three numbers >= 0, not all 0, for T2I, I2T, IT2IT"),
             (not 1 <= self.length_places <= self.text_length,
              f"length_places {self.length_places} must lie in 1..text_length {self.text_length}"),
-            (not 1 <= self.image_steps <= self.image_tokens,
-             f"image_steps {self.image_steps} must lie in 1..{self.image_tokens}, the number of image tokens"),
             (self.model == "argvlt" and (self.task_weights[2:] != (0.0,) or self.unroll_mask or self.mixsel != "off"),
              "model argvlt has no it2it, no UnrollMask and no MixSel: give task_weights with 0 as their last"),
-            (self.guidance != 1 and not self.condition_dropout,
-             f"guidance {self.guidance} wants a model trained with condition_dropout, that knows the empty caption"),
             (self.segments and self.model != "argvlt", "segments are for model argvlt"),
-            (self.mixsel != "off" and self.batch_size < 2, "mixsel wants at least two pairs a batch: see batch_size"),
+            (self.mixsel != "off" and min(self.micro_batch or 2, self.batch_size) < 2,
+             "mixsel wants at least two pairs at a time: see batch_size and micro_batch"),
             (self.mixsel != "off" and not 1 <= self.mixsel_separators <= self.text_length - 3,
              f"mixsel_separators {self.mixsel_separators} must lie in 1..text_length - 3"),
             (self.position_start == "waves" and self.width % 4,
@@ -163,6 +163,28 @@ class Config:
             (bool(self.vq_vgg) != bool(self.vq_lpips), "vq_vgg and vq_lpips: the perceptual loss wants both"),
             (not 0 <= self.vq_mixed <= 1, f"vq_mixed {self.vq_mixed} must lie in [0, 1]"),
             (len(self.betas) != 2, f"betas {self.betas} must be two numbers"),
+            (self.codebook_size > 2 ** 16,
+             f"codebook_size {self.codebook_size} is over 65,536, the most a cache holds"),
+            (not 0 < self.lr_fall <= 1, f"lr_fall {self.lr_fall} must lie in (0, 1]"),
+            (self.micro_batch < 0 or self.micro_batch and self.batch_size % self.micro_batch,
+             f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}"),
+            (min(self.lr, self.vq_lr) <= 0, f"lr {self.lr} and vq_lr {self.vq_lr} must be > 0"),
+        ]
+        problems += self.decoding_problems()
+        problems += [(getattr(self, name) < 1, f"{name} {getattr(self, name)} must be at least 1")
+                     for name in AT_LEAST_ONE]
+        for is_wrong, message in problems:
+            if is_wrong:
+                raise ValueError(message)
+        return self
+
+    def decoding_problems(self) -> list[tuple[bool, str]]:
+        """Is it wrong, and what to say then: of the settings of decoding."""
+        return [
+            (not 1 <= self.image_steps <= self.image_tokens,
+             f"image_steps {self.image_steps} must lie in 1..{self.image_tokens}, the number of image tokens"),
+            (self.guidance != 1 and not self.condition_dropout,
+             f"guidance {self.guidance} wants a model trained with condition_dropout, that knows the empty caption"),
             (len(self.image_temperature) != 2 or min(self.image_temperature) < 0.001,
              f"image_temperature {self.image_temperature} must be two numbers >= 0.001, first step and last"),
             (len(self.image_noise) != 2 or min(self.image_noise) < 0,
@@ -171,17 +193,7 @@ class Config:
             (self.text_top_k < 0, f"text_top_k {self.text_top_k} must be at least 0"),
             (self.text_temperature < 0.001, f"text_temperature {self.text_temperature} must be at least 0.001"),
             (self.argvlt_temperature < 0.001, f"argvlt_temperature {self.argvlt_temperature} must be at least 0.001"),
-            (self.codebook_size > 2 ** 16,
-             f"codebook_size {self.codebook_size} is over 65,536, the most a cache holds"),
-            (not 0 < self.lr_fall <= 1, f"lr_fall {self.lr_fall} must lie in (0, 1]"),
-            (min(self.lr, self.vq_lr) <= 0, f"lr {self.lr} and vq_lr {self.vq_lr} must be > 0"),
         ]
-        problems += [(getattr(self, name) < 1, f"{name} {getattr(self, name)} must be at least 1")
-                     for name in AT_LEAST_ONE]
-        for is_wrong, message in problems:
-            if is_wrong:
-                raise ValueError(message)
-        return self
 
 
 AT_LEAST_ONE = ("pairs image_size text_length text_bucket codebook_size codebook_dim vq_channels vq_latent vq_groups "
@@ -191,7 +203,7 @@ AT_LEAST_ONE = ("pairs image_size text_length text_bucket codebook_size codebook
 # What the settings that are words may say.
 CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"),
            "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
-           "length_pass": ("own", "main"), "position_start": ("normal", "waves"),
+           "length_pass": ("own", "main"), "precision": ("fp32", "bf16"), "position_start": ("normal", "waves"),
            "image_order": ORDERS, "text_order": ORDERS, "image_schedule": SCHEDULES, "text_schedule": SCHEDULES}
 
 PRESETS = {
@@ -204,7 +216,8 @@ PRESETS = {
                  vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32, vq_patchwise=False, layers=24,
                  width=1024, heads=8, dropout=0.1, init_std=0.02, position_start="normal", length_places=16,
                  task_weights=(8.0, 1.0, 1.0), length_weight=0.01, length_pass="main", unroll_mask=True,
-                 mixsel="select", label_smoothing=0.1, steps=40_000, batch_size=4096, lr=4.5e-4, lr_fall=1.0,
+                 mixsel="select", label_smoothing=0.1, steps=40_000, batch_size=4096, micro_batch=64,
+                 precision="bf16", compile=True, lr=4.5e-4, lr_fall=1.0,
                  warmup=1000, ema=0.9999, image_steps=10, image_temperature=(1.4, 0.6), image_noise=(2.0, 0.2),
                  text_steps=12, text_order="gumbel"),
 }
@@ -219,7 +232,7 @@ VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "v
                 "vq_attention", "vq_latent", "vq_groups", "vq_patchwise")
 
 # Fields that a later run of the same name may change: they say how long and how often, not what.
-MAY_CHANGE = ("steps", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")
+MAY_CHANGE = ("steps", "compile", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")
 
 
 def preset(name: str, **changes) -> Config:

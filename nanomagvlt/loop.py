@@ -18,17 +18,39 @@ from nanomagvlt.config import Config
 BAR = {"mininterval": 0.1 if sys.stderr.isatty() else 30}
 
 
+LOST_AT_MOST = 3  # updates in a row whose gradient is not finite
+
+
+class Finite:
+    """Is an update's gradient norm finite? It counts those that are not, which changed nothing, and raises a ValueError
+    at the third in a row: what is saved is from before, unless a save came in between, and is as good."""
+
+    def __init__(self, run: Path):
+        self.run, self.lost, self.in_a_row = run, 0, 0
+
+    def __call__(self, norm: torch.Tensor, step: int) -> bool:
+        if bool(norm.isfinite()):
+            self.in_a_row = 0
+            return True
+        self.lost, self.in_a_row = self.lost + 1, self.in_a_row + 1
+        if self.in_a_row == LOST_AT_MOST:
+            raise ValueError(f"the gradients of {LOST_AT_MOST} updates in a row, up to step {step:,}, were not finite: "
+                             f"{self.run / 'last.pt'} is sound; try a smaller --lr, under another --name")
+        return False
+
+
 class Stopped(Exception):
     """Ctrl-C or SIGTERM came, and all there is has been saved."""
 
 
 class Interrupt:
-    """Within `with Interrupt() as stop`, the first Ctrl-C or SIGTERM is a flag, stop.came, to be looked at after each
-    update; a second one ends at once."""
+    """Within `with Interrupt() as stop`, the first Ctrl-C, SIGTERM or SIGUSR1 (by which schedulers warn) is a flag,
+    stop.came, to be looked at after each update; a second one ends at once."""
 
     def __enter__(self):
         self.came = False
-        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self)
+                       for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         return self
 
     def __call__(self, number, frame):

@@ -21,6 +21,7 @@ caption or a little more, at most cfg.text_length. Read on in decode.py.
 """
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ Uniform = Callable[..., Tensor]
 # image_tokens (B, N), text_tokens (B, T), text_lengths (B,); and for MixSel the tokens of the image squeezed to half
 # its width, tall_tokens (B, N/2) on G x G/2, and to half its height, wide_tokens (B, N/2) on G/2 x G.
 Batch = dict[str, Tensor]
+Counts = dict[str, Tensor]  # see num_scored()
 
 
 def total_loss(terms: dict[str, Tensor], task: str, cfg) -> Tensor:
@@ -46,27 +48,28 @@ def total_loss(terms: dict[str, Tensor], task: str, cfg) -> Tensor:
             + cfg.mixsel_weight * mixsel)                         # + lambda_MS L_MS
 
 
-def loss_terms(model, task: str, batch: Batch, uniform: Uniform) -> Iterator[dict[str, Tensor]]:
+def loss_terms(model, task: str, batch: Batch, uniform: Uniform,
+               counts: Counts | None = None, run: Callable | None = None) -> Iterator[dict[str, Tensor]]:
     """The terms of eq. 6 for one batch of one task, unweighted, pass after pass through the model.
 
     What is yielded may be back-propagated, and let go of, before the next is asked for: then only one pass is ever in
-    memory.
+    memory. Where the batch is but a part of an update's, counts are num_scored() of all its parts, added up: then so do
+    the parts' terms, to means over the whole. run is one_pass(), compiled if wanted.
     """
-    cfg, whole = model.cfg, batch
+    cfg, whole, counts, run = model.cfg, batch, counts or {}, run or one_pass
     if task == "t2i" and cfg.condition_dropout and model.training:
         batch = drop_captions(batch, uniform, cfg)
     text_tokens, lengths = batch["text_tokens"], batch["text_lengths"]
     image_is_masked, text_is_masked = hide(task, *may_hide(task, batch), uniform, "main", cfg)
 
     seq = sequence.build(task, cfg, batch["image_tokens"], image_is_masked, text_tokens, text_is_masked, lengths)
-    states = model(seq)                                                                              # (B, L, D)
-    loss, logits = score(model, task, states, seq, batch)
+    loss, logits, states = run(model, task, seq, batch, counts.get("mask"))
     if cfg.unroll_mask and task != "it2it":
         # No gradient flows through a guess: it is a number, drawn from the main pass's logits at temperature 1.
         guessed, _ = sample(logits.detach(), uniform("unroll guesses", logits.shape[1]))             # (B, N) or (B, T)
     terms = {"mask": loss}
     if task != "t2i" and cfg.length_pass == "main":
-        terms["length"] = length_loss(model, states, seq, lengths)
+        terms["length"] = length_loss(model, states, seq, lengths, counts.get("length"))
     yield terms
     del terms, loss, logits, states  # else the main pass's memory would be held through the next
 
@@ -75,11 +78,27 @@ def loss_terms(model, task: str, batch: Batch, uniform: Uniform) -> Iterator[dic
         # block on it can read off how many text places there are, which is the answer. Decoding does not know it
         # yet. So here the text is what it is there: a fixed number of masked places.
         seq_length = sequence.build_for_length(cfg, batch["image_tokens"], image_is_masked)
-        yield {"length": length_loss(model, model(seq_length), seq_length, lengths)}
+        yield {"length": length_loss(model, model(seq_length), seq_length, lengths, counts.get("length"))}
     if cfg.unroll_mask and task != "it2it":
-        yield {"unroll": unroll_mask(model, task, batch, image_is_masked, text_is_masked, guessed, uniform)}
+        yield {"unroll": unroll_mask(model, task, batch, image_is_masked, text_is_masked, guessed, uniform,
+                                     counts.get("unroll"), run)}
     if cfg.mixsel != "off":
-        yield {"mixsel": mixsel(model, task, whole, uniform)}
+        yield {"mixsel": mixsel(model, task, whole, uniform, counts.get("mixsel"), run)}
+
+
+def num_scored(task: str, batch: Batch, uniform: Uniform, cfg) -> Counts:
+    """What the means of each term are over: how many image and text places it scores, (2,), or how many captions, ().
+
+    No pass through the model is needed to know. In t2i a caption that is left out changes nothing that is counted.
+    """
+    main = hide(task, *may_hide(task, batch), uniform, "main", cfg)
+    scored = {"mask": main}
+    if cfg.unroll_mask and task != "it2it":
+        scored["unroll"] = hide_fewer(task, batch, *main, uniform, cfg)
+    if cfg.mixsel != "off":
+        scored["mixsel"] = mix(task, batch, uniform, cfg).hidden
+    counts = {name: torch.stack([is_masked.sum() for is_masked in both]) for name, both in scored.items()}
+    return counts | {"length": torch.full_like(counts["mask"][0], len(batch["text_lengths"]))}
 
 
 # ---------------------------------------------------------------------------------------------- hide, guess, compare
@@ -115,84 +134,121 @@ def drop_captions(batch: Batch, uniform: Uniform, cfg) -> Batch:
             "text_lengths": batch["text_lengths"].masked_fill(drop, 1)}
 
 
-def score(model, task: str, states: Tensor, seq: sequence.Sequence, targets: Batch) -> tuple[Tensor, Tensor]:
+def one_pass(model, task: str, seq: sequence.Sequence, targets: Batch,
+             counts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Reads a sequence and scores it: loss, logits as score() gives them, and states (B, L, D).
+
+    With cfg.precision "bf16" matrices are multiplied in bfloat16; weights, residuals and the loss stay float32.
+    """
+    with torch.autocast(seq.token_ids.device.type, torch.bfloat16, enabled=model.cfg.precision == "bf16"):
+        states = model(seq)                                                                          # (B, L, D)
+        return *score(model, task, states, seq, targets, counts), states
+
+
+def score(model, task: str, states: Tensor, seq: sequence.Sequence, targets: Batch,
+          counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The loss at the masked places of a pass, and the logits of what is hidden (in it2it those of the text).
 
     The targets are the original tokens, whatever stood in the sequence. A modality that is only shown is not scored.
     it2it adds two means, one over all masked image places, one over all masked text places (eq. 3); the paper writes
-    sums.
+    sums. counts (2,) are those numbers of places, if they are not this batch's own.
     """
     smoothing, loss, logits = model.cfg.label_smoothing, 0.0, None
+    of_image, of_text = (None, None) if counts is None else counts
     if task != "i2t":
         logits, is_masked = model.image_logits(states, seq.layout), seq.is_masked[:, seq.layout.image]
-        loss = loss + masked_cross_entropy(logits, targets["image_tokens"], is_masked, smoothing)    # eq. 2
+        loss = loss + masked_cross_entropy(logits, targets["image_tokens"], is_masked, smoothing, of_image)   # eq. 2
     if task != "t2i":
         logits, is_masked = model.text_logits(states, seq.layout), seq.is_masked[:, seq.layout.text]
-        loss = loss + masked_cross_entropy(logits, targets["text_tokens"], is_masked, smoothing)     # eq. 1
+        loss = loss + masked_cross_entropy(logits, targets["text_tokens"], is_masked, smoothing, of_text)      # eq. 1
     return loss, logits
 
 
-def masked_cross_entropy(logits: Tensor, targets: Tensor, is_masked: Tensor, smoothing: float) -> Tensor:
+def masked_cross_entropy(logits: Tensor, targets: Tensor, is_masked: Tensor, smoothing: float,
+                         count: Tensor | None = None) -> Tensor:
     """Mean cross entropy over the masked places of the whole batch (eq. 1-3): a scalar, 0 where none is masked.
 
-    logits (B, N, V), targets (B, N) long, is_masked (B, N) bool. Label smoothing spreads `smoothing` of the target
-    over the modality's own vocabulary. Visible places are ignored, not gathered out, so that no shape depends on the
-    mask.
+    logits (B, N, V), targets (B, N) long, is_masked (B, N) bool, count () the places that the mean is over, if not this
+    batch's own. Label smoothing spreads `smoothing` of the target over the modality's own vocabulary. Visible places
+    are ignored, not gathered out, so that no shape depends on the mask.
     """
-    total = F.cross_entropy(logits.flatten(0, 1), targets.masked_fill(~is_masked, -100).flatten(),
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.masked_fill(~is_masked, -100).flatten(),
                             ignore_index=-100, label_smoothing=smoothing, reduction="sum")
-    return total / is_masked.sum().clamp(min=1)
+    return total / (is_masked.sum() if count is None else count).clamp(min=1)
 
 
-def length_loss(model, states: Tensor, seq: sequence.Sequence, lengths: Tensor) -> Tensor:
-    """L_TL (section 3.2): the cross entropy of the captions' lengths (B,), class i for length i + 1."""
-    return F.cross_entropy(model.length_logits(states, seq.layout), lengths - 1)
+def length_loss(model, states: Tensor, seq: sequence.Sequence, lengths: Tensor,
+                count: Tensor | None = None) -> Tensor:
+    """L_TL (section 3.2): the cross entropy of the captions' lengths (B,), class i for length i + 1. A mean over count
+    captions, if not over those of this batch."""
+    total = F.cross_entropy(model.length_logits(states, seq.layout), lengths - 1, reduction="sum")
+    return total / (len(lengths) if count is None else count)
 
 
 # ---------------------------------------------------------------------------------------------- UnrollMask
 
 def unroll_mask(model, task: str, batch: Batch, image_is_masked: Tensor, text_is_masked: Tensor, guessed: Tensor,
-                uniform: Uniform) -> Tensor:
+                uniform: Uniform, counts: Tensor | None = None, run: Callable = one_pass) -> Tensor:
     """L_UM (section 3.3, figure 3; eq. 4): one step of decoding, played in training.
 
     guessed (B, N) in t2i, (B, T) in i2t: the main pass's guesses. They fill the places that were masked; some of these
     are masked again, at random (decoding takes the least confident); the originals are asked for there, and only
     there. Guesses that stay visible stay as they are, right or wrong: the model learns to go on from its own mistakes.
     """
-    cfg, lengths = model.cfg, batch["text_lengths"]
-    image_tokens, text_tokens = batch["image_tokens"], batch["text_tokens"]
+    cfg, image_tokens, text_tokens = model.cfg, batch["image_tokens"], batch["text_tokens"]
     if task == "t2i":
         image_tokens = torch.where(image_is_masked, guessed, image_tokens)
-        image_is_masked = hide_fewer(image_is_masked, image_is_masked, "cosine", uniform)
     else:
         text_tokens = torch.where(text_is_masked, guessed, text_tokens)
-        places = sequence.real_places(lengths, text_tokens.shape[1]) if cfg.unroll_text == "all" else text_is_masked
-        text_is_masked = hide_fewer(text_is_masked, places, "linear", uniform)
-    seq = sequence.build(task, cfg, image_tokens, image_is_masked, text_tokens, text_is_masked, lengths)
-    return score(model, task, model(seq), seq, batch)[0]                                             # eq. 4
+    image_again, text_again = hide_fewer(task, batch, image_is_masked, text_is_masked, uniform, cfg)
+    seq = sequence.build(task, cfg, image_tokens, image_again, text_tokens, text_again, batch["text_lengths"])
+    return run(model, task, seq, batch, counts)[0]                                                   # eq. 4
 
 
-def hide_fewer(was_masked: Tensor, among: Tensor, schedule: str, uniform: Uniform) -> Tensor:
-    """floor(gamma(r') x the number masked before), at least 1, of the places `among`: (B, N) bool, with a fresh r'.
-
-    among is was_masked itself, or, for text as an option, all of its places: decoding may mask any of them again.
-    """
+def hide_fewer(task: str, batch: Batch, image_is_masked: Tensor, text_is_masked: Tensor, uniform: Uniform,
+               cfg) -> tuple[Tensor, Tensor]:
+    """Which tokens are masked again, (B, N) and (B, T) bool: with a fresh r', floor(gamma(r') x the number masked
+    before), at least 1, of those that were or, for text as an option, of all: decoding may mask any word again."""
+    was_masked, schedule = (image_is_masked, "cosine") if task == "t2i" else (text_is_masked, "linear")
+    among = was_masked
+    if task == "i2t" and cfg.unroll_text == "all":
+        among = sequence.real_places(batch["text_lengths"], was_masked.shape[1])
     count = num_masked(gamma(uniform("unroll r"), schedule), was_masked.sum(1), torch.floor)         # (B,)
-    return lowest(uniform("unroll places", was_masked.shape[1]), count, among)
+    again = lowest(uniform("unroll places", was_masked.shape[1]), count, among)
+    return (again, text_is_masked) if task == "t2i" else (image_is_masked, again)
 
 
 # ---------------------------------------------------------------------------------------------- MixSel
 
-def mixsel(model, task: str, batch: Batch, uniform: Uniform) -> Tensor:
+def mixsel(model, task: str, batch: Batch, uniform: Uniform, counts: Tensor | None = None,
+           run: Callable = one_pass) -> Tensor:
     """L_MS (section 3.4, figure 5): two contexts side by side; the selector, in BOG's place, says which is meant.
 
-    Meant is always the row's own context; the other is that of another sample of the batch, and stays wholly visible.
+    cfg.mixsel "random" is the paper's control, MixRandom: the same mixes, and no word about which is meant.
+    """
+    cfg, mixed = model.cfg, mix(task, batch, uniform, model.cfg)
+    seq = sequence.build(task, cfg, mixed.shown["image_tokens"], mixed.hidden[0], mixed.shown["text_tokens"],
+                         mixed.hidden[1], mixed.lengths, mixed.selector if cfg.mixsel == "select" else None)
+    return run(model, task, seq, mixed.shown, counts)[0]
+
+
+@dataclass
+class Mix:
+    """A batch of mixes: tokens, what is hidden of them, how long their texts are, and which context is meant."""
+    shown: Batch                    # and, where it is hidden, asked for
+    hidden: tuple[Tensor, Tensor]   # (B, N) and (B, T') bool
+    lengths: Tensor                 # (B,)
+    selector: Tensor                # (B,) LEFT, RIGHT, TOP or BOTTOM
+
+
+def mix(task: str, batch: Batch, uniform: Uniform, cfg) -> Mix:
+    """Meant is always the row's own context; the other is that of another sample, and stays wholly visible.
+
     i2t mixes images and asks for the own caption, t2i mixes captions and asks for the own image, it2it mixes both and
     hides and scores the own halves. Images are joined left|right or top|bottom, one direction a batch, captions first
     and second: TOP or LEFT stands for the first of both, and t2i, which mixes no images, says LEFT or RIGHT.
-    cfg.mixsel "random" is the paper's control, MixRandom: the same mixes, and no word about which is meant.
     """
-    cfg, n = model.cfg, batch["image_tokens"].shape[1]
+    n = batch["image_tokens"].shape[1]
     own_first = uniform("mix side") < 0.5                                                            # (B,)
     partner = partners(uniform("mix partner"))                                                       # (B,)
     other = {name: tensor[partner] for name, tensor in batch.items()}
@@ -200,23 +256,21 @@ def mixsel(model, task: str, batch: Batch, uniform: Uniform) -> Tensor:
     second = {name: choose(own_first, other[name], tensor) for name, tensor in batch.items()}
     stacked = (uniform("mix direction")[:1] < 0.5) & (task != "t2i")                                 # (1,) top|bottom?
 
-    mixed, lengths = dict(batch), batch["text_lengths"]  # what is shown and, where it is hidden, asked for
+    shown, lengths = dict(batch), batch["text_lengths"]
     image_may_hide, text_may_hide = may_hide(task, batch)                                            # (B, N), (B, T)
     if task != "t2i":
-        mixed["image_tokens"] = join_images(first, second, stacked)
+        shown["image_tokens"] = join_images(first, second, stacked)
     if task != "i2t":
-        mixed["text_tokens"], lengths, is_first, is_second = join_texts(first, second, cfg)
+        shown["text_tokens"], lengths, is_first, is_second = join_texts(first, second, cfg)
         text_may_hide = choose(own_first, is_first, is_second) & (task == "it2it")                   # (B, T)
     if task == "it2it":
         image_may_hide = first_half(n, stacked) == own_first[:, None]                                # (B, N)
 
     rounding = torch.floor if task == "it2it" else torch.ceil  # of the image alone: so the authors' code
-    image_is_masked, text_is_masked = hide(task, image_may_hide, text_may_hide, uniform, "mix", cfg, rounding)
+    hidden = hide(task, image_may_hide, text_may_hide, uniform, "mix", cfg, rounding)
     selector = torch.where(own_first, torch.where(stacked, sequence.TOP, sequence.LEFT),
                            torch.where(stacked, sequence.BOTTOM, sequence.RIGHT))                    # (B,)
-    seq = sequence.build(task, cfg, mixed["image_tokens"], image_is_masked, mixed["text_tokens"], text_is_masked,
-                         lengths, selector if cfg.mixsel == "select" else None)
-    return score(model, task, model(seq), seq, mixed)[0]
+    return Mix(shown, hidden, lengths, selector)
 
 
 def partners(uniform: Tensor) -> Tensor:

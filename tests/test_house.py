@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "metrics": "shapes data edit sequence", "published": "bpe checkpoint config model vqgan",
     "compare": "data", "speed": "argvlt config decode model sequence",
     "clip": "bpe", "edit": "bpe", "watch": "bpe decode model sequence",
+    "parallel": "", "update": "argvlt bpe config data loop model objectives parallel sequence speed",
     "loop": "config", "vqtrain": "checkpoint config data loop model shapes vqgan vqloss",
     "generate": "argvlt bpe checkpoint config data decode model published sequence vqgan",
 }

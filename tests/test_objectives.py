@@ -168,20 +168,49 @@ def test_length_counts_from_one_and_its_own_pass_shows_nothing_of_it(length_pass
 
 # ---- UnrollMask
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-@pytest.mark.parametrize("everywhere", [False, True])
-def test_fewer_are_hidden_again_of_those_that_were(schedule, everywhere):
+@pytest.mark.parametrize("task, everywhere", [("t2i", False), ("i2t", False), ("i2t", True)])
+def test_fewer_are_hidden_again_of_those_that_were(task, everywhere, cfg):
     rows, n = 2000, 16
+    cfg.unroll_text = "all" if everywhere else "masked"
     r = torch.arange(rows, dtype=torch.float64) / rows
     was = torch.rand(rows, n, generator=torch.Generator().manual_seed(0)).argsort(1).argsort(1) < (
         torch.arange(rows) % n + 1)[:, None]
-    among = torch.ones_like(was) if everywhere else was
     g = torch.Generator().manual_seed(1)
-    again = hide_fewer(was, among, schedule, lambda purpose, *shape: torch.rand(rows, n, generator=g) if shape else r)
-    share = torch.cos(r * torch.pi / 2) if schedule == "cosine" else 1 - r
-    assert torch.equal(again.sum(1), (share * was.sum(1) + 1e-9).floor().clamp(min=1).long())
-    assert not (again & ~among).any()
+    nothing, full = torch.zeros_like(was), {"text_lengths": torch.full((rows,), n)}
+    image, text = hide_fewer(task, full, *((was, nothing) if task == "t2i" else (nothing, was)),
+                             lambda purpose, *shape: torch.rand(rows, n, generator=g) if shape else r, cfg)
+    again, shown = (image, text) if task == "t2i" else (text, image)
+    share = torch.cos(r * torch.pi / 2) if task == "t2i" else 1 - r
+    assert torch.equal(again.sum(1), (share * was.sum(1) + 1e-9).floor().clamp(min=1).long()) and not shown.any()
     assert (again & ~was).any() == everywhere
+
+
+@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
+def test_parts_of_a_batch_add_up_to_the_whole(task, whole, batch, uniform):
+    """Rows of unequal length, halved; each half's means are over what both score. MixSel needs its partners: off."""
+    whole.cfg.mixsel = "off"
+    expected = terms_of(whole, task, batch, uniform)
+    halves = [({name: tensor[rows] for name, tensor in batch.items()},
+               lambda purpose, *shape, rows=rows: uniform(purpose, *shape)[rows])
+              for rows in (slice(0, 2), slice(2, 5))]
+    each = [objectives.num_scored(task, part, numbers, whole.cfg) for part, numbers in halves]
+    counts = {name: each[0][name] + each[1][name] for name in each[0]}
+    found = [{name: term for terms in loss_terms(whole, task, part, numbers, counts) for name, term in terms.items()}
+             for part, numbers in halves]
+    for name in expected:
+        assert torch.allclose(found[0][name] + found[1][name], expected[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
+def test_what_is_counted_is_what_is_scored(task, whole, batch, uniform, monkeypatch):
+    scored, original = [], objectives.masked_cross_entropy
+    monkeypatch.setattr(objectives, "masked_cross_entropy", lambda logits, targets, is_masked, smoothing, count: (
+        scored.append(int(is_masked.sum())) or original(logits, targets, is_masked, smoothing, count)))
+    terms = terms_of(whole, task, batch, uniform)
+    counts = objectives.num_scored(task, batch, uniform, whole.cfg)
+    wanted = {"t2i": [0], "i2t": [1], "it2it": [0, 1]}[task]
+    assert scored == [int(counts[name][i]) for name in ("mask", "unroll", "mixsel") if name in terms for i in wanted]
+    assert counts["length"] == 5 and set(terms) <= set(counts)
 
 
 @pytest.mark.parametrize("text", ["masked", "all"])
@@ -189,8 +218,8 @@ def test_fewer_are_hidden_again_of_those_that_were(schedule, everywhere):
 def test_unroll_mask_sees_guesses_and_is_asked_for_the_originals(task, text, whole, batch, uniform, monkeypatch):
     whole.cfg.unroll_text, whole.cfg.mixsel = text, "off"
     seen, asked, original = watched(whole, monkeypatch), [], objectives.masked_cross_entropy
-    monkeypatch.setattr(objectives, "masked_cross_entropy", lambda logits, targets, is_masked, smoothing: (
-        asked.append(targets) or original(logits, targets, is_masked, smoothing)))
+    monkeypatch.setattr(objectives, "masked_cross_entropy", lambda logits, targets, is_masked, smoothing, count: (
+        asked.append(targets) or original(logits, targets, is_masked, smoothing, count)))
     terms_of(whole, task, batch, uniform)
     name = "image" if task == "t2i" else "text"
     main, unrolled = ({"ids": seq.token_ids[:, getattr(seq.layout, name)],

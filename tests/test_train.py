@@ -13,7 +13,7 @@ import torch
 
 import sample
 import train
-from nanomagvlt import vqtrain
+from nanomagvlt import loop, update, vqtrain
 from nanomagvlt.config import preset
 
 SMALL = """
@@ -159,16 +159,16 @@ def test_a_run_does_not_change_its_settings(tmp_path, monkeypatch, capsys):
 
 
 def test_learning_rate():
-    rates = [train.learning_rate(step, 1.0, 10, 110) for step in range(111)]
+    rates = [loop.learning_rate(step, 1.0, 10, 110) for step in range(111)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[60] == pytest.approx(0.5) and rates[110] == 0
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
-    late = [train.learning_rate(step, 1.0, 10, 110, 0.2) for step in range(111)]
+    late = [loop.learning_rate(step, 1.0, 10, 110, 0.2) for step in range(111)]
     assert late[10:91] == [1.0] * 81 and late[100] == pytest.approx(0.5) and late[110] == 0
 
 
 def test_tasks_are_drawn_by_weight(cfg):
     cfg.task_weights = (8.0, 1.0, 1.0)
-    tasks = [train.draw_task(cfg, step) for step in range(2000)]
+    tasks = [update.draw_task(cfg, step) for step in range(2000)]
     assert abs(tasks.count("t2i") / 2000 - 0.8) < 0.03 and abs(tasks.count("i2t") / 2000 - 0.1) < 0.03
 
 

@@ -1,0 +1,63 @@
+"""Appendix - Several processes, one run: each computes its share of every update, and gradients are added up.
+
+`torchrun --nproc_per_node=8 train.py ...` starts them and says to each, in its environment, who it is. Without torchrun
+there is one, and nothing here does anything. The model is not wrapped: an update's gradients are summed once, in one
+piece, when all of its parts are done. So it does not matter that some weights have no gradient in some tasks.
+"""
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def begin(device: torch.device) -> torch.device:
+    """Joins the others, if torchrun started them; the device of this process."""
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # The others wait while the first writes, validates and draws: let them.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+    return device
+
+
+def rank() -> int:
+    """Which process this is: the first, 0, writes all files and says all there is to say."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def add_up(tensors: list[torch.Tensor]) -> None:
+    """Each becomes its sum over all processes, in place."""
+    if world() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(total.view_as(tensor))
+
+
+def any_of(flag: bool, device: torch.device) -> bool:
+    """Does it hold in any process?"""
+    if world() == 1:
+        return flag
+    total = torch.tensor(float(flag), device=device)
+    dist.all_reduce(total)
+    return bool(total)
+
+
+def wait() -> None:
+    """Until all have come here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def end() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
