@@ -60,7 +60,7 @@ def prepare(args) -> None:
     missing = [i for i in mine if not paths[i].exists()]
     if len(missing) < len(mine):
         print(f"going on: {len(mine) - len(missing)} of {len(mine)} pieces are there")
-    with tqdm(unit="pair", desc=f"{len(missing)} pieces") as bar:
+    with tqdm(unit="pair", desc=f"pieces to do: {len(missing)}") as bar:
         for done, i in enumerate(missing, 1):
             write_part(paths[i], pieces[i], vqgan, settings, bar.update)
             bar.total = round(bar.n / done * len(missing))  # so that the bar can tell the time left

@@ -2,7 +2,7 @@
 
 Where pairs come from is one string; several sources are written with commas between:
   shapes:LEVEL                 the small world, drawn on the fly
-  a folder                     images with a .txt (or .json with a "caption") of the same name beside them
+  a folder                     images with a .txt (or .json with "caption" or "captions") of the same name beside them
   tar shards                   as img2dataset and webdataset write them, KEY.jpg KEY.txt KEY.json: a path, a folder of
                                .tar files, or a quoted pattern, 'shards/*.tar' or 'shards/{00000..00331}.tar'
   coco:CAPTIONS.json:IMAGES/   COCO's captions_*.json or Karpathy's dataset_coco.json; a pair for each caption
@@ -323,13 +323,11 @@ def _shards(pattern: str) -> list[str]:
 
 
 def _tar_samples(shard: str, counts: Counter) -> Iterator[tuple[str, Load]]:
-    keys = 0
-    damage = Counter()
-    for key, load in _assembled(_tar_files(shard, damage)):
-        keys += 1
-        yield key, load
+    damage, found = Counter(), 0
+    for found, sample in enumerate(_assembled(_tar_files(shard, damage)), 1):
+        yield sample
     if damage:
-        counts[f"lost in {shard}, which is damaged (estimate)"] += _lost_samples(shard, keys, damage["bytes"])
+        counts[f"lost in {shard}, which is damaged (estimate)"] += _lost_samples(shard, found, damage["bytes"])
 
 
 def _tar_files(shard: str, damage: Counter) -> Iterator[tuple[str, str, Content]]:
@@ -411,7 +409,8 @@ def _load(members: list[tuple[str, Content]]) -> tuple[list[str], Image.Image]:
     captions = _as_captions(texts["txt"]().decode("utf-8", errors="replace")) if "txt" in texts else []
     if not captions and "json" in texts:
         with contextlib.suppress(ValueError, AttributeError, RecursionError):  # broken JSON, or no object
-            captions = _as_captions(json.loads(texts["json"]()).get("caption"))
+            about = json.loads(texts["json"]())
+            captions = _as_captions(about.get("caption") or about.get("captions"))
     if not captions:
         raise BadSample("no caption")
     others = [content for suffix, content in contents.items() if kinds[suffix] not in ("txt", "json")]
