@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 from nanomagvlt import checkpoint
 from nanomagvlt.bpe import BPE, clean_caption
 from nanomagvlt.config import Parser, preset
-from nanomagvlt.data import (TokenCache, is_made, join_parts, make_batch, part_paths, refuse_foreign, rows_of_step,
-                             to_pixels, write_part)
+from nanomagvlt.data import (TokenCache, is_made, join_parts, make_batch, part_paths, refuse_foreign, remove_parts,
+                             rows_of_step, to_pixels, write_part)
 from nanomagvlt.generate import contact_sheet, pick_device
 from nanomagvlt.readers import MAX_BAD_SHARE, Pair, as_pairs, left_out, pieces_of, usable
 
@@ -52,6 +52,7 @@ def prepare(args) -> None:
                 "seed": args.seed, "clean_captions": args.clean_captions}
     paths = part_paths(args.out, pieces, settings)
     if is_made(args.out, paths):
+        remove_parts(paths)  # if it was killed in that
         print(f"{args.out} is there, made of the same: nothing to do")
         return
     refuse_foreign(args.out)
@@ -68,6 +69,7 @@ def prepare(args) -> None:
         print(f"part {rank + 1}/{world} is done; when all are, the same command without --part joins them")
         return
     cache = join_parts(args.out, args.source, paths, settings)
+    remove_parts(paths)
     print(f"{len(cache):,} pairs -> {args.out}{left_out(Counter(cache.meta['counts']))}")
 
 
@@ -197,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         (time_batches if args.time else inspect if args.inspect else prepare)(args)
     except KeyboardInterrupt:
-        parser.exit(130, "stopped; the same command goes on from the last finished piece\n")
+        parser.exit(130, "stopped; what is finished of a cache stays, and the same command goes on from there\n")
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

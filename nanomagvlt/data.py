@@ -187,20 +187,15 @@ def write_part(path: Path, piece: Piece, vqgan, settings: dict, progress: Callab
 
 
 def join_parts(folder: str | Path, source: str, paths: list[Path], settings: dict) -> TokenCache:
-    """The cache of a source whose parts are all there; they are then deleted. meta["counts"] says what was left out.
+    """The cache of a source whose parts are all there; its meta["counts"] says what was left out.
 
-    Raises DataError where more than 5% of the source is bad; the parts stay, and those of mended shards are made anew.
+    Raises DataError where more than 5% of the source is bad: of what is then mended, the parts are made anew.
     """
     counts = sum((Counter(json.loads(str(_read_part(path, "counts")[0]))) for path in paths), Counter())
     refuse_bad(source, counts)
     many_rows = (Rows(*_read_part(path, *Rows._fields)) for path in paths)
-    cache = _write_rows(Path(folder), many_rows, {"source": source, **settings, "counts": counts,
-                                                  "made_of": _made_of(paths)})
-    for path in paths[0].parent.glob("*.npz*"):
-        path.unlink()
-    with contextlib.suppress(OSError):  # somebody keeps something else there
-        paths[0].parent.rmdir()
-    return cache
+    return _write_rows(Path(folder), many_rows, {"source": source, **settings, "counts": counts,
+                                                 "made_of": _made_of(paths)})
 
 
 def is_made(folder: str | Path, paths: list[Path]) -> bool:
@@ -208,6 +203,14 @@ def is_made(folder: str | Path, paths: list[Path]) -> bool:
     with contextlib.suppress(OSError, ValueError):
         return json.loads((Path(folder) / "meta.json").read_text()).get("made_of") == _made_of(paths)
     return False
+
+
+def remove_parts(paths: list[Path]) -> None:
+    """Deletes these parts, and what else of parts lies beside them: of other settings, or half written."""
+    for path in paths[0].parent.glob("*.npz*"):
+        path.unlink()
+    with contextlib.suppress(OSError):  # it is not there, or somebody keeps something else in it
+        paths[0].parent.rmdir()
 
 
 def _made_of(paths: list[Path]) -> str:

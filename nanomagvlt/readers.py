@@ -337,8 +337,9 @@ def _tar_files(shard: str, damage: Counter) -> Iterator[tuple[str, str, Content]
     it skipped then lies between the end of one member and the beginning of the next: damage["bytes"], if any.
     """
     end = 0  # of the last member
-    try:
-        with tarfile.open(shard, "r:*", ignore_zeros=True) as tar:
+    with open(shard, "rb") as file:  # a shard that may not be read is no damaged one: that error is the caller's
+        try:
+            tar = tarfile.open(fileobj=file, mode="r:*", ignore_zeros=True)
             for member in tar:
                 if member.size < 0 or member.offset < end:
                     raise tarfile.ReadError("a member that ends before it begins")
@@ -350,8 +351,8 @@ def _tar_files(shard: str, damage: Counter) -> Iterator[tuple[str, str, Content]
                     yield f"{folder}/{key}", suffix.lower(), _content(tar.fileobj, member)
             if not _note_damage(tar.fileobj, end, None, damage):
                 raise tarfile.ReadError("no end mark: it was cut between two members")
-    except TAR_ERRORS:
-        damage["bytes"] += max(0, os.path.getsize(shard) - end)
+        except TAR_ERRORS:
+            damage["bytes"] += max(0, os.path.getsize(shard) - end)
 
 
 def _content(file: io.BufferedIOBase, member: tarfile.TarInfo) -> Content:

@@ -79,8 +79,10 @@ def test_stopped_anywhere_and_resumed_it_is_the_same_cache(source, written, monk
     assert run(source, "c", "--crops", "2", "--clean-captions") == whole
     assert len(written) == len(set(written)) == 7 and "going on: " in capsys.readouterr().out
     assert not Path("c.parts").exists()
+    Path("c.parts").mkdir()
+    Path("c.parts", written[0]).write_bytes(b"it was killed while it deleted the parts")
     assert run(source, "c", "--crops", "2", "--clean-captions") == whole and len(written) == 7
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out and not Path("c.parts").exists()
 
 
 def test_killed_while_it_writes(source):

@@ -204,6 +204,14 @@ def test_what_lies_beside_the_image(tmp_path):
     assert captions == ["one", "two", "three", "four"] and counts == {"good": 4, "no caption": 1}
 
 
+def test_a_shard_that_cannot_be_opened_is_not_taken_for_a_damaged_one(tmp_path):
+    path = tmp_path / "x.tar"
+    [piece] = pieces_of(tar(path, shard_of(1)))
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        list(piece.samples(Counter()))
+
+
 def test_two_shards_in_one_file_and_gzip(tmp_path):
     both = [Path(tar(tmp_path / name, {f"{name}.png": png(), f"{name}.txt": name.encode()})).read_bytes()
             for name in "ab"]
