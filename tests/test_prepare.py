@@ -107,6 +107,7 @@ def test_shares_in_any_order_make_the_same_cache(source, written, monkeypatch, c
     run(source, "c")
     monkeypatch.delenv("WORLD_SIZE")
     assert len(written) == len(set(written)) == 7 and "part 2/3 is done" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("c.parts").iterdir()) == sorted(written)
     assert run(source, "c") == whole and len(written) == 7
 
 

@@ -288,13 +288,14 @@ def coco(tmp_path):
 
 def test_coco_captions(coco):
     content = {"images": [{"id": 7, "file_name": "b.jpg"}, {"id": 2, "file_name": "a.jpg"}, {"id": 3, "file_name": "n"},
-                          {"id": 4, "file_name": "../test/c.jpg"}, {"id": 5, "file_name": "a.jpg "}],
+                          {"id": 4, "file_name": "../test/c.jpg"}, {"id": 5, "file_name": "a.jpg "},
+                          {"id": 6, "file_name": str(coco / "test" / "c.jpg")}],
                "annotations": [{"image_id": i, "caption": caption} for i, caption in
-                               ((2, "one"), (7, " a\ncat "), (3, "none"), (2, "two"), (2, ""), (4, "outside"))]}
+                               ((2, "one"), (7, " a\ncat "), (3, "none"), (2, "two"), (2, ""), (4, "out"), (6, "out"))]}
     (coco / "captions.json").write_text(json.dumps(content))
     captions, counts = captions_and_counts(f"coco:{coco}/captions.json:{coco}/val")
     assert captions == ["a cat", "one", "two"]
-    assert counts == {"good": 2, "no image": 1, "image outside of its folder": 1, "no caption": 1}
+    assert counts == {"good": 2, "no image": 1, "image outside of its folder": 2, "no caption": 1}
     for text in ("[]", "{", "[" * 100_000, '{"images": 3}', json.dumps({**content, "annotations": [{"image_id": 2}]})):
         (coco / "captions.json").write_text(text)
         with pytest.raises(DataError, match="captions.json: neither COCO's captions"):
