@@ -23,9 +23,10 @@ from PIL import Image
 from nanomagvlt import checkpoint, clip, decode, edit, published, shapes, watch
 from nanomagvlt.bpe import BPE, clean_written
 from nanomagvlt.config import Parser
-from nanomagvlt.data import BadSample, encode_captions, keyed_generator, open_image, square
+from nanomagvlt.data import encode_captions, keyed_generator
 from nanomagvlt.generate import Generator, contact_sheet, load_generator
 from nanomagvlt.masking import ORDERS, SCHEDULES
+from nanomagvlt.readers import BadSample, open_image, square
 
 
 def main(argv: list[str] | None = None) -> None:

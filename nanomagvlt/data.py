@@ -1,124 +1,41 @@
-"""Chapter 11 - From pairs to batches.
+"""Chapter 11, continued - From pairs to batches.
 
-Pairs come from three kinds of source, named by one string:
-  shapes:LEVEL             the small world, drawn on the fly
-  a folder                 images with a .txt (or .json with a "caption") of the same name beside them
-  tar shards               as img2dataset writes them: KEY.jpg KEY.txt KEY.json; a path, or a quoted pattern with * ?
-Reading is where hostile input is met, once: an image is known by its content, never by its name, its size is read
-before it is decoded, and what cannot be used is counted by reason, never fatal and never silent.
+Training reads one format, the token cache: image tokens as uint16 and captions as text, both memory-mapped. The images
+are tokenised once, the captions anew each time, since BPE dropout wants them so.
 
-Training then reads one format, the token cache: image tokens as uint16 and captions as text, both memory-mapped. The
-images are tokenised once, the captions anew each time, since BPE dropout wants them so.
+A large cache is made piece by piece: write_part() puts a piece of the source into a file, whole or not at all, by as
+many processes as there are; join_parts() puts the parts together. A part that is there is never made again.
 
 All that is random depends on (seed, place, purpose), not on history: resuming at update 1000 needs no saved state.
 
-Shapes: B batch, S image side in pixels, N image tokens, T text places.
+Shapes: B batch, S image side in pixels, N image tokens, T text places, V the bytes of captions.
 """
 import contextlib
-import glob
-import hashlib
-import io
 import json
 import os
 import random
 import shutil
-import tarfile
-import warnings
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from nanomagvlt import shapes
 from nanomagvlt.bpe import BPE, clean_caption
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 64_000_000   # more is refused unread: a few bytes of PNG can claim gigabytes
-MAX_ASPECT = 20           # a longer strip has nothing to show after a square crop
-MAX_BAD_SHARE = 0.05      # a source worse than this is a mistake, not bad luck
+from nanomagvlt.readers import DataError, Pair, Piece, keyed_seed, pairs_in, refuse_bad
+from nanomagvlt.readers import left_out, read_pairs  # for who trains: pairs and batches from one room
 
 CACHE_FILES = ("tokens.bin", "captions.bin", "caption_ends.bin", "meta.json")
-
-Content = Callable[[], bytes]  # what is in a file, read when it is asked for
-
-
-@dataclass
-class Pair:
-    """An image, its caption, and the whole image squeezed into half the room, as MixSel joins two of them."""
-    key: str
-    image: np.ndarray  # uint8 (S, S, 3)
-    tall: np.ndarray   # uint8 (S, S/2, 3)
-    wide: np.ndarray   # uint8 (S/2, S, 3)
-    caption: str
-
-    @classmethod
-    def of(cls, key: str, image: Image.Image, side: int, caption: str) -> "Pair":
-        """From a picture of any size: `image` is its centre, the squeezed ones are the whole of it."""
-        tall, wide = (np.asarray(image.resize(size, Image.Resampling.LANCZOS))
-                      for size in ((side // 2, side), (side, side // 2)))
-        return cls(key, square(image, side), tall, wide, caption)
-
-
-class BadSample(Exception):
-    """A sample that cannot be used; the message is the reason it is counted under."""
-
-
-class DataError(ValueError):
-    """A source that cannot be used; the message is one line that names it and says what to do."""
-
-
-# ---------------------------------------------------------------------------------------------- randomness
-
-def keyed_seed(*key) -> int:
-    """A seed in [0, 2^63) made of anything printable: (seed, step, "mask"), say."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def keyed_generator(*key) -> torch.Generator:
     """A CPU generator that always starts the same for the same key."""
     return torch.Generator().manual_seed(keyed_seed(*key))
-
-
-# ---------------------------------------------------------------------------------------------- images
-
-def open_image(data: bytes) -> Image.Image:
-    """An upright RGB picture from the bytes of an image file, transparency laid on white. Raises BadSample."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's notes on odd metadata; the size is checked here
-        try:
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-            w, h = image.size
-            if w * h > MAX_PIXELS:
-                raise BadSample("image has too many pixels")
-            if max(w, h) > MAX_ASPECT * min(w, h):
-                raise BadSample("image is too long and thin")
-            image.load()
-            with contextlib.suppress(Exception):  # broken orientation data: show it as it is stored
-                image = ImageOps.exif_transpose(image)
-        except Image.DecompressionBombError:
-            raise BadSample("image has too many pixels") from None
-        except UnidentifiedImageError:
-            raise BadSample("not an image") from None
-        except (OSError, SyntaxError, ValueError, EOFError, zlib.error):  # what Pillow raises on broken files
-            raise BadSample("broken image") from None
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: plain conversion would clip it to white
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def square(image: Image.Image, side: int) -> np.ndarray:
-    """The shorter side scaled to `side`, then the centre: uint8 (side, side, 3)."""
-    return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
@@ -129,102 +46,6 @@ def to_pixels(images: np.ndarray) -> torch.Tensor:
 def to_images(pixels: torch.Tensor) -> np.ndarray:
     """float (B, 3, S, S), about [-1, 1] -> uint8 (B, S, S, 3)."""
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-# ---------------------------------------------------------------------------------------------- sources
-
-def read_pairs(source: str, image_size: int, counts: Counter, num_shapes: int = 0, split: str = "train",
-               seed: int = 0) -> Iterator[Pair]:
-    """The usable pairs of a source, in an order that never changes; counts gains "good" and a number per reason.
-
-    num_shapes, split ("train", "val", "test") and seed matter to `shapes:LEVEL` alone. Raises DataError for a source
-    that is not there, holds nothing, or of which more than 5% is bad.
-    """
-    if source.startswith("shapes:"):
-        yield from _read_shapes(source, image_size, counts, num_shapes, split, seed)
-        return
-    for key, members in _grouped(_read_files(source, counts)):
-        try:
-            pair = _assemble(key, members, image_size)
-        except BadSample as reason:
-            counts[str(reason)] += 1
-            continue
-        counts["good"] += 1
-        yield pair
-    bad = sum(counts.values()) - counts["good"]
-    reasons = ", ".join(f"{n} x {reason}" for reason, n in counts.most_common() if reason != "good")
-    if counts["good"] == 0:
-        raise DataError(f"{source}: no usable pair of an image and a caption" + (f" ({reasons})" if reasons else ""))
-    if bad > MAX_BAD_SHARE * (bad + counts["good"]):
-        raise DataError(f"{source}: {bad} of {bad + counts['good']} samples are bad, more than {MAX_BAD_SHARE:.0%} "
-                        f"({reasons}): mend or remove them")
-
-
-def _read_shapes(source, image_size, counts, num_shapes, split, seed) -> Iterator[Pair]:
-    try:
-        level = shapes.get_level(source.removeprefix("shapes:"))
-    except ValueError as error:
-        raise DataError(f"{source}: {error}") from None
-    if shapes.IMAGE != image_size:
-        raise DataError(f"{source} draws {shapes.IMAGE} pixels a side, but image_size is {image_size}: set it so")
-    for i in range(num_shapes):
-        rng = random.Random(keyed_seed(seed, split, i))
-        scene = shapes.random_scene(level, rng, split)
-        counts["good"] += 1
-        image = Image.fromarray(shapes.draw_scene(scene, level, rng))
-        yield Pair.of(f"{i:09d}", image, image_size, shapes.describe(scene, level, rng))
-
-
-def _read_files(source: str, counts: Counter) -> Iterator[tuple[str, str, Content]]:
-    """Key, suffix and content (read on demand) of the files of a folder or of tar shards, those of one key together.
-
-    In a folder a key is the name without its suffix; in a shard it ends at the first dot, as webdataset has it.
-    """
-    if os.path.isdir(source) and glob.glob(f"{glob.escape(source)}/*.tar"):
-        source = f"{glob.escape(source)}/*.tar"
-    if os.path.isdir(source):
-        for path in sorted(p for p in Path(source).rglob("[!.]*") if p.is_file()):
-            yield str(path.with_suffix("")), path.suffix[1:].lower(), path.read_bytes
-        return
-    shards = sorted(glob.glob(source))
-    if not shards:
-        raise DataError(f"{source}: no such folder or tar file (shards may be given as a quoted pattern, 'path/*.tar')")
-    for shard in shards:
-        try:
-            with tarfile.open(shard, "r:*") as tar:
-                for member in tar:
-                    folder, _, base = member.name.rpartition("/")
-                    key, _, suffixes = base.partition(".")
-                    if member.isfile() and key:  # no key: a hidden file, such as some systems strew about
-                        data = tar.extractfile(member).read()  # into memory only: nothing is ever unpacked to disk
-                        yield f"{shard}/{folder}/{key}", suffixes.rpartition(".")[2].lower(), lambda data=data: data
-        except (tarfile.TarError, OSError, EOFError, zlib.error):
-            counts["broken or truncated shard"] += 1
-
-
-def _grouped(files: Iterable[tuple[str, str, Content]]) -> Iterator[tuple[str, dict[str, Content]]]:
-    """Neighbouring files of one key: the key, and the contents by suffix."""
-    for key, group in groupby(files, key=lambda file: file[0]):
-        members: dict[str, Content] = {}
-        for _, suffix, content in group:
-            members["duplicate" if suffix in members else suffix] = content
-        yield key.rpartition("/")[2], members
-
-
-def _assemble(key: str, members: dict[str, Content], image_size: int) -> Pair:
-    caption = members.pop("txt", bytes)().decode("utf-8", errors="replace")
-    meta = members.pop("json", bytes)()
-    if "duplicate" in members:
-        raise BadSample("two files of one name")
-    if not caption.strip() and meta:
-        with contextlib.suppress(ValueError, AttributeError):  # broken JSON, or no object: no caption there
-            caption = json.loads(meta).get("caption") or ""
-    caption = " ".join(str(caption).split())
-    if not caption:
-        raise BadSample("no caption")
-    if not members:
-        raise BadSample("no image")
-    return Pair.of(key, open_image(next(iter(members.values()))()), image_size, caption)
 
 
 # ---------------------------------------------------------------------------------------------- the token cache
@@ -264,47 +85,149 @@ class TokenCache:
         return [self.text[start:self.ends[i]].tobytes().decode() for i, start in zip(rows, starts)]
 
 
+class Rows(NamedTuple):
+    """Some rows of a cache."""
+    tokens: np.ndarray  # uint16 (B, 2N)
+    text: np.ndarray    # uint8 (V,): the captions in UTF-8, one behind the other
+    sizes: np.ndarray   # int64 (B,): how many bytes each has
+
+
+def tokenise(pairs: list[Pair], vqgan, clean: bool) -> Rows:
+    """The rows of B pairs. clean: captions go through clean_caption() first."""
+    device = vqgan.quantize.embedding.weight.device
+
+    def encode(images: list[np.ndarray]) -> torch.Tensor:
+        once = {id(image): image for image in images}  # a sample's captions share the image, its crops what is squeezed
+        tokens = vqgan.encode(to_pixels(np.stack([*once.values()])).to(device))
+        places = {key: i for i, key in enumerate(once)}
+        return tokens[[places[id(image)] for image in images]]
+    with torch.inference_mode():
+        tokens = torch.cat([encode([getattr(pair, name) for pair in pairs]) for name in ("image", "tall", "wide")], 1)
+    captions = [clean_caption(pair.caption) if clean else pair.caption for pair in pairs]
+    captions = [caption.encode("utf-8", errors="replace") for caption in captions]  # a lone surrogate has no bytes
+    return Rows(tokens.cpu().numpy().astype(np.uint16), np.frombuffer(b"".join(captions), np.uint8),
+                np.array([len(caption) for caption in captions], dtype=np.int64))
+
+
 def write_cache(folder: str | Path, pairs: Iterable[Pair], vqgan, meta: dict, clean: bool = False,
                 batch_size: int = 64) -> TokenCache:
     """Tokenises pairs with the VQ-GAN into a TokenCache, whole or absent; meta is put into its meta.json.
 
     clean: captions go through clean_caption() first.
     """
-    folder = Path(folder)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    for place, mark in ((folder, "meta.json"), (unfinished, "tokens.bin")):  # only what is ours may be replaced
+    rows = (tokenise(batch, vqgan, clean) for batch in batched(pairs, batch_size))
+    return _write_rows(Path(folder), rows, {"clean_captions": clean, **meta})
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises DataError where a cache would replace what is none: only what is ours may be."""
+    for place, mark in ((folder, "meta.json"), (_unfinished(folder), "tokens.bin")):
         if place.exists() and not (place / mark).exists() and (not place.is_dir() or any(place.iterdir())):
             raise DataError(f"{place} is there and is no token cache: name another folder, nothing in it was touched")
     if (folder / "meta.json").exists() and any(path.name not in CACHE_FILES for path in folder.iterdir()):
         raise DataError(f"{folder} holds more than a token cache: name another folder, nothing in it was touched")
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".unfinished")
+
+
+def _write_rows(folder: Path, many_rows: Iterable[Rows], meta: dict) -> TokenCache:
+    refuse_foreign(folder)
+    unfinished = _unfinished(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    device = vqgan.quantize.embedding.weight.device
     num_pairs = end = num_tokens = 0
-    with (contextlib.ExitStack() as on_error,
-          open(unfinished / "tokens.bin", "wb") as token_file,
-          open(unfinished / "captions.bin", "wb") as caption_file,
-          open(unfinished / "caption_ends.bin", "wb") as end_file):
+    with contextlib.ExitStack() as on_error, contextlib.ExitStack() as opened:
         on_error.callback(shutil.rmtree, unfinished)
-        for batch in batched(pairs, batch_size):
-            parts = (np.stack([getattr(pair, name) for pair in batch]) for name in ("image", "tall", "wide"))
-            with torch.inference_mode():
-                tokens = torch.cat([vqgan.encode(to_pixels(part).to(device)) for part in parts], dim=1)  # (B, 2N)
-            token_file.write(tokens.cpu().numpy().astype(np.uint16).tobytes())
-            captions = [clean_caption(pair.caption) if clean else pair.caption for pair in batch]
-            captions = [caption.encode("utf-8", errors="replace") for caption in captions]
-            ends = end + np.cumsum([len(c) for c in captions], dtype=np.int64)                         # (B,)
-            caption_file.write(b"".join(captions))
-            end_file.write(ends.tobytes())
-            num_pairs, num_tokens, end = num_pairs + len(batch), tokens.shape[1] // 2, int(ends[-1])
+        files = [opened.enter_context(open(unfinished / name, "wb")) for name in CACHE_FILES[:3]]
+        for rows in many_rows:
+            num_pairs, num_tokens = num_pairs + len(rows.tokens), rows.tokens.shape[1] // 2
+            for file, values in zip(files, (rows.tokens, rows.text, end + np.cumsum(rows.sizes))):
+                file.write(values.tobytes())
+            end += int(rows.sizes.sum())
         if num_pairs == 0:
             raise DataError(f"{folder}: there is no pair to put into the cache")
+        for file in files:
+            _to_disk(file)
         on_error.pop_all()
-    write_json(unfinished / "meta.json", {"pairs": num_pairs, "image_tokens": num_tokens, "clean_captions": clean,
-                                           **meta})
+    write_json(unfinished / "meta.json", {"pairs": num_pairs, "image_tokens": num_tokens, **meta})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
     return TokenCache(folder)
+
+
+# ---------------------------------------------------------------------------------------------- a cache in parts
+
+def part_paths(folder: str | Path, pieces: list[Piece], settings: dict) -> list[Path]:
+    """Where the part of each piece is kept until the cache is whole: in FOLDER.parts.
+
+    A part's name is a hash of all it depends on. So a part that is there is the right one, and what was made with
+    other settings or from a shard that has changed since is made anew.
+    """
+    parts = Path(folder).with_name(Path(folder).name + ".parts")
+    return [parts / f"{keyed_seed(piece.identity, sorted(settings.items())):016x}.npz" for piece in pieces]
+
+
+def write_part(path: Path, piece: Piece, vqgan, settings: dict, progress: Callable[[int], None]) -> None:
+    """Tokenises a piece into a file, whole or absent. settings has crops, seed and clean_captions; progress() is told
+    how many pairs have been added."""
+    counts, many_rows = Counter(), []
+    for batch in batched(pairs_in(piece, vqgan.cfg.image_size, counts, settings["crops"], settings["seed"]), 64):
+        many_rows.append(tokenise(batch, vqgan, settings["clean_captions"]))
+        progress(len(batch))
+    none = Rows(np.empty((0, 2 * vqgan.cfg.image_tokens), np.uint16), np.empty(0, np.uint8), np.empty(0, np.int64))
+    rows = Rows(*(np.concatenate(column) for column in zip(none, *many_rows)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, counts=np.array(json.dumps(counts)), **rows._asdict())
+        _to_disk(file)
+    os.replace(temporary, path)
+
+
+def join_parts(folder: str | Path, source: str, paths: list[Path], settings: dict) -> TokenCache:
+    """The cache of a source whose parts are all there; its meta["counts"] says what was left out.
+
+    Raises DataError where more than 5% of the source is bad: of what is then mended, the parts are made anew.
+    """
+    counts = sum((Counter(json.loads(str(_read_part(path, "counts")[0]))) for path in paths), Counter())
+    refuse_bad(source, counts)
+    many_rows = (Rows(*_read_part(path, *Rows._fields)) for path in paths)
+    return _write_rows(Path(folder), many_rows, {"source": source, **settings, "counts": counts,
+                                                 "made_of": _made_of(paths)})
+
+
+def is_made(folder: str | Path, paths: list[Path]) -> bool:
+    """Whether the cache is there, and was joined of just these parts."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((Path(folder) / "meta.json").read_text()).get("made_of") == _made_of(paths)
+    return False
+
+
+def remove_parts(paths: list[Path]) -> None:
+    """Deletes these parts, and what else of parts lies beside them: of other settings, or half written."""
+    for path in paths[0].parent.glob("*.npz*"):
+        path.unlink()
+    with contextlib.suppress(OSError):  # it is not there, or somebody keeps something else in it
+        paths[0].parent.rmdir()
+
+
+def _made_of(paths: list[Path]) -> str:
+    return f"{keyed_seed([path.stem for path in paths]):016x}"
+
+
+def _read_part(path: Path, *names: str) -> list[np.ndarray]:
+    try:
+        with np.load(path) as part:
+            return [part[name] for name in names]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: damaged ({error}); delete it and give the same command again") from None
+
+
+def _to_disk(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
@@ -361,9 +284,3 @@ def make_batch(cache: TokenCache, bpe: BPE, rows: np.ndarray, cfg, dropout: floa
     places = -(-int(text_lengths.max()) // cfg.text_bucket) * cfg.text_bucket
     return {"image_tokens": image_tokens, "tall_tokens": tall_tokens, "wide_tokens": wide_tokens,
             "text_tokens": text_tokens[:, :places], "text_lengths": text_lengths}
-
-
-def left_out(counts: Counter) -> str:
-    """'; left out: 3 x not an image' and so on, or nothing."""
-    bad = ", ".join(f"{n} x {reason}" for reason, n in counts.most_common() if reason != "good")
-    return f"; left out: {bad}" if bad else ""

@@ -1,8 +1,4 @@
 import dataclasses
-import io
-import json
-import tarfile
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,107 +6,12 @@ import torch
 from PIL import Image
 
 from nanomagvlt.bpe import BPE
-from nanomagvlt.data import (BadSample, DataError, Pair, TokenCache, encode_captions, keyed_seed, make_batch,
-                             open_image, read_pairs, rows_of_step, square, to_images, to_pixels, write_cache)
+from nanomagvlt.data import (TokenCache, encode_captions, make_batch, rows_of_step, to_images, to_pixels, tokenise,
+                             write_cache)
+from nanomagvlt.readers import DataError, Pair, as_pairs, keyed_seed
 from nanomagvlt.vqgan import VQGAN
 
 BPE_0 = BPE([])  # bytes alone
-
-
-def png(colour="red", size=(20, 20)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
-    return file.getvalue()
-
-
-def tar(path, files: dict[str, bytes]) -> str:
-    with tarfile.open(path, "w") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return str(path)
-
-
-def test_every_image_of_the_manifest(shared):
-    folder = shared / "data" / "bad_inputs"
-    for entry in json.loads((folder / "MANIFEST.json").read_text())["files"]:
-        if not entry["file"].startswith("images/") or entry["expect"] == "accept-or-skip":
-            continue
-        data = (folder / entry["file"]).read_bytes()
-        if entry["expect"] == "skip":
-            with pytest.raises(BadSample):
-                open_image(data)
-            continue
-        image = open_image(data)
-        assert image.mode == "RGB" and list(image.size) == entry["size"], entry["file"]
-        assert square(image, 32).shape == (32, 32, 3)
-        if "corner_rgb" in entry:
-            assert list(image.getpixel((0, 0))) == entry["corner_rgb"]
-    rotated, upright = (np.asarray(open_image((folder / "images" / name).read_bytes()), dtype=float)
-                        for name in ("exif_rotated.jpg", "exif_rotated.upright.png"))
-    assert abs(rotated - upright).mean() < 5
-    assert np.asarray(open_image((folder / "images/rgb16.png").read_bytes())).std() > 10  # not clipped to white
-
-
-def test_every_tar_of_the_manifest(shared, tmp_path):
-    """Among 200 good pairs, so that the 5% limit is not what is tested."""
-    folder = shared / "data" / "bad_inputs"
-    members = {"png": png(), "txt": b"a red square"}
-    good = {f"{i:06d}.{suffix}": data for i in range(200) for suffix, data in members.items()}
-    tar(tmp_path / "a_good.tar", good)
-    for entry in json.loads((folder / "MANIFEST.json").read_text())["files"]:
-        if not entry["file"].startswith("tars/"):
-            continue
-        (tmp_path / "b.tar").write_bytes((folder / entry["file"]).read_bytes())
-        counts = Counter()
-        pairs = list(read_pairs(str(tmp_path / "*.tar"), 32, counts))[200:]
-        assert counts["good"] == 200 + len(pairs)
-        if "samples" in entry:
-            assert len(pairs) == entry["samples"], entry["file"]
-        assert len(pairs) >= entry.get("samples_at_least", 0), entry["file"]
-        assert all(pair.image.shape == (32, 32, 3) and pair.caption.strip() for pair in pairs)
-        if entry["expect"] == "partial" and "samples" in entry:
-            assert sum(counts.values()) > counts["good"], entry["file"]  # what is left out is counted
-            assert not {pair.key for pair in pairs} & set(entry.get("bad_keys", []))
-        encode_captions(BPE_0, [pair.caption for pair in pairs] or ["x"], 24)
-
-
-def test_a_folder_and_a_tar_give_the_same_pairs(tmp_path):
-    files = {f"{name}.{suffix}": data for name, colour in (("a", "red"), ("b", "blue"))
-             for suffix, data in (("png", png(colour)), ("txt", colour.encode() + b"\n"))}
-    (tmp_path / "folder").mkdir()
-    for name, data in files.items():
-        (tmp_path / "folder" / name).write_bytes(data)
-    sources = tar(tmp_path / "x.tar", files), str(tmp_path / "folder")
-    a, b = ([(pair.key, pair.caption, pair.image[0, 0].tolist()) for pair in read_pairs(source, 32, Counter())]
-            for source in sources)
-    assert a == b == [("a", "red", [255, 0, 0]), ("b", "blue", [0, 0, 255])]
-
-
-def test_dots_in_names(tmp_path):
-    """In a folder the last dot begins the suffix; in a shard the first dot ends the key (webdataset)."""
-    files = {"1.5x.png": png(), "1.5x.txt": b"1.5x", "1.6x.png": png(), "1.6x.txt": b"1.6x"}
-    (tmp_path / "folder").mkdir()
-    for name, data in files.items():
-        (tmp_path / "folder" / name).write_bytes(data)
-    assert [pair.key for pair in read_pairs(str(tmp_path / "folder"), 32, Counter())] == ["1.5x", "1.6x"]
-    shard = tar(tmp_path / "x.tar", {"v1.2/cat.photo.PNG": png(), "v1.2/cat.photo.txt": b"cat"})
-    assert [(pair.key, pair.caption) for pair in read_pairs(shard, 32, Counter())] == [("cat", "cat")]
-
-
-def test_sources_that_cannot_be_used(tmp_path):
-    (tmp_path / "x.tar").write_bytes(b"text")
-    tar(tmp_path / "y.tar", {f"{i:03d}.{suffix}": data for i in range(100)
-                             for suffix, data in (("png", png() if i % 15 else b"no"), ("txt", b"red"))})
-    for source, message in ((tmp_path / "none", "no such folder"),
-                            (tmp_path / "x.tar", "no usable pair.*1 x broken or truncated shard"),
-                            (tmp_path / "y.tar", "7 of 100 samples are bad.*7 x not an image"),
-                            ("shapes:tinny", "did you mean 'tiny'")):
-        with pytest.raises(DataError, match=message):
-            list(read_pairs(str(source), 32, Counter(), 10))
-    with pytest.raises(DataError, match="image_size is 64"):
-        list(read_pairs("shapes:tiny", 64, Counter(), 10))
 
 
 def test_pixels_there_and_back():
@@ -122,8 +23,8 @@ def test_pixels_there_and_back():
 @pytest.fixture
 def pairs() -> list[Pair]:
     noise = np.random.default_rng(0).integers(0, 255, (80, 20, 30, 3), dtype=np.uint8)
-    return [Pair.of(str(i), Image.fromarray(noise[i]), 16, caption)
-            for i, caption in enumerate(["red", "größer ☃", "x", "a\tb"] * 20)]
+    return [pair for i, caption in enumerate(["red", "größer ☃", "x", "a\tb"] * 20)
+            for pair in as_pairs(str(i), [caption], Image.fromarray(noise[i]), 16)]
 
 
 def test_cache_holds_what_went_in(cfg, pairs, tmp_path):
@@ -141,6 +42,17 @@ def test_cache_holds_what_went_in(cfg, pairs, tmp_path):
         batch = make_batch(written, BPE_0, rows, dataclasses.replace(cfg, text_bucket=bucket))
         assert batch["image_tokens"].shape == (4, 4) and batch["text_tokens"].shape == (4, places)
         assert batch["text_lengths"].tolist() == [3, 4, 3, 3]
+
+
+def test_an_image_is_encoded_once_for_all_its_captions(cfg, pairs, monkeypatch):
+    vqgan, encode, seen = VQGAN(cfg).eval(), VQGAN.encode, []
+    monkeypatch.setattr(VQGAN, "encode", lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels))
+    some = [Pair("k", pairs[i].image, pairs[0].tall, pairs[i].wide, "a") for i in (0, 0, 1, 0)]
+    rows = tokenise(some, vqgan, False)
+    assert seen == [2, 1, 2]
+    for name, tokens in zip(("image", "tall", "wide"), np.split(rows.tokens, [4, 6], axis=1), strict=True):
+        alone = [encode(vqgan, to_pixels(getattr(pair, name)[None].copy())).numpy()[0] for pair in some]
+        assert np.array_equal(tokens, alone)
 
 
 def test_a_cache_is_whole_or_absent(cfg, pairs, tmp_path):

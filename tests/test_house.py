@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "config": "masking", "masking": "", "bpe": "", "shapes": "", "vqloss": "",
     "sequence": "config", "vqgan": "config", "argvlt": "sequence masking", "model": "config sequence",
     "objectives": "sequence masking", "decode": "sequence masking",
-    "data": "bpe shapes", "checkpoint": "bpe config model vqgan",
+    "readers": "shapes", "data": "bpe readers", "checkpoint": "bpe config model vqgan",
     "metrics": "shapes data edit sequence", "published": "bpe checkpoint config model vqgan",
     "compare": "data", "speed": "argvlt config decode model sequence",
     "clip": "bpe", "edit": "bpe", "watch": "bpe decode model sequence",
