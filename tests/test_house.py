@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "sequence": "config", "vqgan": "config", "argvlt": "sequence masking", "model": "config sequence",
     "objectives": "sequence masking", "decode": "sequence masking",
     "data": "bpe shapes", "checkpoint": "bpe config model vqgan",
-    "metrics": "shapes data edit sequence", "captions": "data",
+    "metrics": "shapes data edit sequence", "captions": "data", "field": "", "inception": "",
     "published": "bpe checkpoint config model vqgan",
     "clip": "bpe", "edit": "bpe", "watch": "bpe decode model sequence",
     "loop": "config", "vqtrain": "checkpoint config data loop model shapes vqgan vqloss",
