@@ -159,7 +159,7 @@ def write_results_json(path: str | Path, results: dict[Hashable, str]) -> None:
 def read_captions_json(path: str | Path) -> dict[Hashable, list[str]]:
     """Captions by image id, from COCO's results format or its annotations. Raises ValueError, one line."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
         rows = content["annotations"] if isinstance(content, dict) else content
         captions: dict[Hashable, list[str]] = {}
         for row in rows:
@@ -187,20 +187,19 @@ def java_metrics(results: dict[Hashable, str], references: dict[Hashable, list[s
     """METEOR and SPICE by pycocoevalcap, and what there is to say: one line where either is missing, else "".
 
     They are Java programs with dictionaries of their own, and nothing else gives their numbers. They are run if they
-    are there, and never needed. Raises ValueError as check_captions() does.
+    are there, on the words that tokenize() gives, and never needed. Raises ValueError as check_captions() does.
     """
     check_captions(results, references)
     if importlib.util.find_spec("pycocoevalcap") is None or shutil.which("java") is None:
-        return {}, ("METEOR and SPICE are not computed: they want Java (8, for SPICE) and `pip install pycocoevalcap`; "
-                    "write_results_json() writes the captions for it")
+        return {}, ("METEOR and SPICE are not computed: they want Java 1.8 and `pip install pycocoevalcap`; or give the "
+                    "file of write_results_json() to a machine that has them")
     scores, failed = {}, []
-    tokenizer = importlib.import_module("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer()
-    ours = tokenizer.tokenize({image: [{"caption": text}] for image, text in results.items()})
-    refs = tokenizer.tokenize({image: [{"caption": text} for text in references[image]] for image in results})
-    for name, module in (("METEOR", "meteor"), ("SPICE", "spice")):
+    ours = {image: [" ".join(tokenize(text))] for image, text in results.items()}
+    refs = {image: [" ".join(tokenize(text)) for text in references[image]] for image in results}
+    for name in ("Meteor", "Spice"):
         try:
-            scorer = getattr(importlib.import_module(f"pycocoevalcap.{module}.{module}"), module.capitalize())()
-            scores[name] = float(scorer.compute_score(refs, ours)[0])
+            module = importlib.import_module(f"pycocoevalcap.{name.lower()}.{name.lower()}")
+            scores[name.upper()] = float(getattr(module, name)().compute_score(refs, ours)[0])
         except Exception as error:  # no memory, no models, another Java: each fails in its own way, and it is said
-            failed.append(f"{name} ({' '.join(str(error).split())[:100] or type(error).__name__})")
+            failed.append(f"{name.upper()} ({' '.join(str(error).split())[:100] or type(error).__name__})")
     return scores, f"pycocoevalcap could not compute {' and '.join(failed)}" if failed else ""

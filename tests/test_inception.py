@@ -57,6 +57,12 @@ def test_images_in_features_out(model):
     assert torch.equal(inception_features(model, flat, blur=2), inception_features(model, flat))
 
 
+def test_large_images_are_resized_without_antialiasing(model):
+    """At a third of the side, bilinear interpolation alone sees the middle of every three pixels."""
+    pixels = torch.rand(1, 3, 3 * 299, 3 * 299, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(model(pixels), model(pixels[..., 1::3, 1::3]), atol=1e-4)
+
+
 def test_blur_is_a_gaussian_whose_deviation_is_k():
     """A white point on black becomes a spot of that variance along each axis."""
     class Pixels(torch.nn.Module):
