@@ -38,6 +38,7 @@ def test_words_are_those_of_the_java_tokenizer(shared):
     ("rock 'n' roll of the '90s (\"live\")", "rock 'n' roll of the '90s -lrb- live -rrb-"),
     ("12:30pm, 1,000 men and 3-year-old #twins!!", "12:30 pm 1,000 men and 3-year-old #twins !!"),
     ("Two “dogs”\non a café’s roof…🐶", "two dogs on a café 's roof"),
+    ("An x.ray of men.women in the U.S.A at 5 a.m.", "an x.ray of men.women in the u.s.a at 5 a.m."),
     (" . ", ""),
 ])
 def test_words(text, words):
