@@ -191,8 +191,8 @@ def java_metrics(results: dict[Hashable, str], references: dict[Hashable, list[s
     """
     check_captions(results, references)
     if importlib.util.find_spec("pycocoevalcap") is None or shutil.which("java") is None:
-        return {}, ("METEOR and SPICE are not computed: they want Java 1.8 and `pip install pycocoevalcap`; or give the "
-                    "file of write_results_json() to a machine that has them")
+        return {}, ("METEOR and SPICE are not computed: they want Java 1.8 and `pip install pycocoevalcap`; or give "
+                    "the file of write_results_json() to a machine that has them")
     scores, failed = {}, []
     ours = {image: [" ".join(tokenize(text))] for image, text in results.items()}
     refs = {image: [" ".join(tokenize(text)) for text in references[image]] for image in results}

@@ -18,7 +18,8 @@ def moments(features: torch.Tensor, batch: int = 10_000) -> Moments:
 
 def correlated(count: int, seed: int, width: int = 6) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(count, width, generator=g) @ torch.randn(width, width, generator=g) + 3 * torch.rand(width, generator=g)
+    return (torch.randn(count, width, generator=g) @ torch.randn(width, width, generator=g)
+            + 3 * torch.rand(width, generator=g))
 
 
 def test_moments_are_numpys_however_the_batches_fall():
