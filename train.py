@@ -26,11 +26,11 @@ from tqdm import tqdm
 from nanomagvlt import checkpoint, metrics, parallel, shapes
 from nanomagvlt.bpe import BPE
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, Parser, add_config_flags, config_from_args
-from nanomagvlt.data import (DataError, TokenCache, keyed_generator, keyed_seed, left_out, make_batch, read_pairs,
-                             rows_of_step, write_cache, write_json)
+from nanomagvlt.data import TokenCache, keyed_generator, make_batch, rows_of_step, write_cache, write_json
 from nanomagvlt.generate import Generator, contact_sheet, pick_device
 from nanomagvlt.loop import BAR, Finite, Interrupt, Log, Stopped, optimizer_for
 from nanomagvlt.model import MAGVLT, num_parameters
+from nanomagvlt.readers import DataError, keyed_seed, left_out, read_pairs
 from nanomagvlt.sequence import TASKS
 from nanomagvlt.update import Meter, Parts, average, method_of, uniform, update_model
 from nanomagvlt.vqgan import VQGAN

@@ -29,6 +29,10 @@ FILES = {
                      "https://arena.kakaocdn.net/brainrepo/models/magvlt/magvlt-it2it-large.ckpt", ""),
     "taming-vqgan": ("vqgan_imagenet_f16_16384.ckpt",
                      "https://heibox.uni-heidelberg.de/d/a7530b09fed84f80a887/files/?p=%2Fckpts%2Flast.ckpt&dl=1", ""),
+    "inception": ("pt_inception-2015-12-05-6726825d.pth",
+                  "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                  "pt_inception-2015-12-05-6726825d.pth",
+                  "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
 }
 CHUNK = 1 << 20  # bytes
 
