@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from nanomagvlt import checkpoint, metrics, parallel, shapes
 from nanomagvlt.bpe import BPE
+from nanomagvlt.budget import budget
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, Parser, add_config_flags, config_from_args
 from nanomagvlt.data import TokenCache, keyed_generator, make_batch, rows_of_step, write_cache, write_json
 from nanomagvlt.generate import Generator, contact_sheet, pick_device
@@ -77,7 +78,7 @@ def make_caches(cfg: Config, run: Path, vqgan: VQGAN) -> dict[str, TokenCache]:
             pairs = tqdm(pairs_of(cfg, split, counts), desc=f"cache {split}", unit="pair", **BAR)
             caches[split] = write_cache(folder, pairs, vqgan, {"vqgan": digest, "source": cfg.data},
                                         cfg.clean_captions)
-            print(f"cache: {counts['good']:,} pairs -> {folder}{left_out(counts)}")
+            print(f"cache: {len(caches[split]):,} pairs -> {folder}{left_out(counts)}")
         if split in caches and caches[split].meta["vqgan"] != digest:
             raise DataError(f"{folder} was made with another VQ-GAN: name the right one with --vqgan, or delete it")
     return caches
@@ -250,11 +251,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", help="the run: runs/NAME (default: the preset's name)")
     parser.add_argument("--stage", choices=STAGES, default="model", help="stop after this stage (default: the last)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and do nothing")
     add_config_flags(parser)
     args = parser.parse(argv)
     cfg = config_from_args(parser, args)
     run = Path("runs") / (args.name or args.preset)
-    if not cfg.data and not (cfg.cache and cfg.vqgan):
+    if not cfg.data and not (cfg.cache and cfg.vqgan) and not args.dry_run:
         parser.error(f"preset {args.preset} names no pairs: give --data, or --cache and --vqgan (see data/README.md)")
     try:
         device = parallel.begin(pick_device(args.device))
@@ -268,6 +270,8 @@ def main(argv: list[str] | None = None) -> None:
         threads, others = torch.get_num_threads(), parallel.world() - 1
         say(f"{device} ({threads} CPU thread{'s' * (threads > 1)}), {f'{others + 1} processes, ' * (others > 0)}"
             f"preset {args.preset}, transformer of at most {size:,} parameters -> {run}/")
+        if args.dry_run:
+            return say(budget(cfg, device))
         if parallel.rank() == 0:
             settle(cfg, run)
         stages(cfg, run, device, args.stage)

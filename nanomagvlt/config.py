@@ -210,6 +210,13 @@ PRESETS = {
     "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=1000, steps=2000,
                   task_weights=(1.0, 1.0, 0.0), eval_scenes=100, eval_every=500, sample_every=1000, save_every=500),
     "tiny": dict(),
+    # Between tiny and base: real pictures on one modest GPU, or on a patient CPU. Give it --data.
+    "small": dict(data="", image_size=64, text_length=48, text_bucket=8, bpe_merges=2000, bpe_dropout=0.1,
+                  codebook_size=512, codebook_dim=64, vq_channels=32, vq_latent=128, vq_groups=8, vq_patchwise=False,
+                  vq_steps=4000, vq_start=500, layers=8, width=384, heads=6, dropout=0.1, init_std=0.04,
+                  task_weights=(2.0, 1.0, 1.0), unroll_mask=True, mixsel="select", label_smoothing=0.1, steps=20_000,
+                  batch_size=64, lr=5e-4, warmup=500, image_steps=16, image_temperature=(1.0, 0.5),
+                  image_noise=(1.0, 0.1)),
     "base": dict(data="", image_size=256, text_length=64, text_bucket=64, bpe_merges=48_894, clean_captions=True,
                  bpe_dropout=0.1, codebook_size=16_384, codebook_dim=256, vq_channels=128,
                  vq_multipliers=(1, 1, 2, 2, 4),

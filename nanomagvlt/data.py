@@ -28,7 +28,6 @@ import torch
 
 from nanomagvlt.bpe import BPE, clean_caption
 from nanomagvlt.readers import DataError, Pair, Piece, keyed_seed, pairs_in, refuse_bad
-from nanomagvlt.readers import left_out, read_pairs  # for who trains: pairs and batches from one room
 
 CACHE_FILES = ("tokens.bin", "captions.bin", "caption_ends.bin", "meta.json")
 

@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "published": "bpe checkpoint config model vqgan",
     "compare": "data", "speed": "argvlt config decode model sequence",
     "clip": "bpe", "edit": "bpe", "watch": "bpe decode model sequence",
-    "parallel": "", "update": "argvlt bpe config data loop model objectives parallel sequence speed",
+    "parallel": "", "budget": "config model parallel sequence speed update",
+    "update": "argvlt bpe config data loop model objectives parallel sequence speed",
     "loop": "config", "vqtrain": "checkpoint config data loop model shapes vqgan vqloss",
     "generate": "argvlt bpe checkpoint config data decode model published sequence vqgan",
 }

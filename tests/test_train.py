@@ -13,7 +13,7 @@ import torch
 
 import sample
 import train
-from nanomagvlt import loop, update, vqtrain
+from nanomagvlt import budget, loop, update, vqtrain
 from nanomagvlt.config import preset
 
 SMALL = """
@@ -241,3 +241,39 @@ def test_a_folder_in_which_nothing_was_done_may_be_begun_anew(tmp_path):
     (run / "vqgan.pt").touch()
     with pytest.raises(ValueError, match="was begun with width = 128, now it is 64"):
         train.settle(preset("micro", width=64), run)
+
+
+def test_updates_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_run(straight, tmp_path, monkeypatch,
+                                                                                   capsys):
+    """One is skipped and counted. The third in a row stops, and the last save is from before."""
+    monkeypatch.chdir(tmp_path)
+    original, bad = update.objectives.total_loss, {2}
+
+    def total_loss(terms, task, cfg):
+        return original(terms, task, cfg) * (float("nan") if step[0] in bad else 1.0)
+    step = [0]
+
+    def counting(*args, call=train.update_model):
+        step[0] = args[-1]
+        return call(*args)
+    monkeypatch.setattr(train, "update_model", counting)
+    monkeypatch.setattr(update.objectives, "total_loss", total_loss)
+    run()
+    log = [json.loads(line) for line in Path("runs/micro/log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in log if "task" in line] == [0, 0, 1, 1, 1, 1]
+    bad |= {3, 4, 5}
+    with pytest.raises(SystemExit):
+        run("--name", "bad")
+    assert "the gradients of 3 updates in a row, up to step 5, were not finite" in capsys.readouterr().err
+    assert torch.load("runs/bad/last.pt", weights_only=True)["step"] == 4
+    trained = torch.load("runs/bad/last.pt", weights_only=True)["trained"]
+    assert all(p.isfinite().all() for p in trained.values())
+
+
+def test_a_dry_run_says_what_it_costs_and_does_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--preset", "base", "--dry-run"])
+    out = capsys.readouterr().out
+    assert "parameters   371,533,056" in out and "7.67 PFLOP an update of 4,096 pairs" in out
+    assert not list(tmp_path.iterdir())
+    assert budget.activation_bytes(preset("micro"), "t2i", 4) - budget.activation_bytes(preset("micro"), "t2i", 3) > 0

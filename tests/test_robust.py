@@ -1,0 +1,92 @@
+"""What only real processes show: killed at any moment, told to stop, two of them at once. `pytest -m slow`."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanomagvlt import checkpoint
+from test_train import SMALL, content, equal
+
+ROOT = Path(__file__).parents[1]
+RUN = Path("runs/micro")
+
+# Kills itself at its n-th fsync, which is inside a save, or before its n-th update.
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+what, n, calls = sys.argv[1], int(sys.argv[2]), []
+def deadly(original):
+    def call(*args):
+        calls.append(1)
+        if len(calls) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+    return call
+if what == "save":
+    os.fsync = deadly(os.fsync)
+else:
+    train.update_model = deadly(train.update_model)
+train.main(sys.argv[3:])
+"""
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *command], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_nothing_before_the_last_save(tmp_path, monkeypatch):
+    """Half of them between writing a file and moving it into place. What comes out is what no kill gives."""
+    flags, chance = [*SMALL, "--steps", "60", "--save-every", "2", "--unroll-mask", "true", "--mixsel", "select",
+                     "--micro-batch", "2"], random.Random(0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "killed.py").write_text(KILLED.format(root=str(ROOT)))
+    saved = 0
+    for i in range(20):
+        what = "save" if i % 2 else "update"
+        assert start(["killed.py", what, str(chance.randint(2, 6)), *flags]).wait() == -signal.SIGKILL
+        if (RUN / "last.pt").exists():
+            step = checkpoint.load(RUN / "last.pt", "magvlt")["step"]
+            assert step >= saved
+            saved = step
+    assert saved > 0 and start([str(ROOT / "train.py"), *flags]).wait() == 0
+    killed = content(RUN)
+    assert start([str(ROOT / "train.py"), *flags, "--name", "straight"]).wait() == 0
+    straight = content(Path("runs/straight"))
+    assert [name for name in straight if not equal(straight[name], killed[name])] == []
+    assert set(killed) - set(straight) <= {"last.pt.tmp", "best.pt.tmp", "vqgan.pt.tmp"}
+
+
+@pytest.mark.slow
+def test_two_processes_stop_when_told_and_go_on_as_if_they_had_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    port = 29_000 + os.getpid() % 500
+
+    def command(name: str) -> list[str]:
+        return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port),
+                str(ROOT / "train.py"), *SMALL, "--steps", "300", "--micro-batch", "2", "--save-every", "1000",
+                "--name", name]
+
+    def steps() -> int:
+        log = Path("runs/told/log.jsonl")
+        lines = log.read_text().splitlines() if log.exists() else []
+        return max((json.loads(line)["step"] for line in lines[:-1]), default=0)
+    process = start(command("told"))
+    while steps() < 5:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    assert 5 <= checkpoint.load("runs/told/last.pt", "magvlt")["step"] < 300
+    for name in ("told", "straight"):
+        assert start(command(name)).wait(300) == 0
+    told, straight = content(Path("runs/told")), content(Path("runs/straight"))
+    assert [name for name in straight if not equal(straight[name], told[name])] == [] and set(told) == set(straight)
