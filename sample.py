@@ -259,7 +259,7 @@ def make_pictures(args, generator: Generator, chance: torch.Generator, chooser) 
         maps = watch.attention_maps(generator.model, trace, tokens, length, words)
         sheets[beside(args.out, "attention.png")] = watch.attention_sheet(steps, maps)
     save(sheets, films)
-    print(f"{count} x {args.prompt!r} ({seconds:.2f} s a picture)")
+    print(f"{count} x {args.prompt!r} ({seconds:.2f} s a picture){f', the best {len(pictures)}' * bool(chooser)}")
 
 
 def beside(out: Path, name: str) -> Path:
@@ -291,13 +291,16 @@ def make_captions(args, generator: Generator, chance: torch.Generator, chooser) 
     if args.text is not None:
         text_tokens, length, to_fill = edit.read_masked_text(args.text, generator.bpe, cfg.text_length)
         known = text_tokens.expand(count, -1), length.expand(count), to_fill.expand(count, -1)
+    started = time.monotonic()
     text_tokens, lengths, trace = generator.write_tokens(generator.image_to_tokens(picture).expand(count, -1), chance,
                                                          *known)
     captions = generator.read_texts(text_tokens, lengths, cut=args.text is None)
+    seconds, chosen = (time.monotonic() - started) / count, ""
     if chooser:
         scores = chooser(picture, captions)
         best = np.argsort(-scores, kind="stable")[:args.num_samples]
-        captions = [f"{captions[i]}  ({scores[i]:.3f})" for i in best]
+        captions, chosen = [f"{captions[i]}  ({scores[i]:.3f})" for i in best], f", the best {len(best)}"
+    print(f"{count} x {args.image} ({seconds:.2f} s a caption){chosen}:")
     for caption in map(clean_written, captions) if args.clean else captions:
         print(printable(caption))
     if args.trace:

@@ -87,6 +87,11 @@ def refused(script: str, argv: list[str], capsys) -> str:
     ("eval.py", ["--num-scenes", "0"], "--num-scenes 0: must be at least 1"),
     ("eval.py", [], "run `python train.py --preset tiny`"),
     ("eval.py", ["--checkpoint", "no.pt"], "no.pt: there is no such file"),
+    ("eval.py", ["table", "--arms", "ful"], "--arms: no 'ful'; did you mean 'full'?"),
+    ("eval.py", ["table", "--minutes", "-1"], "--minutes -1: must be at least 0"),
+    ("eval.py", ["speed", "--repeats", "0"], "--repeats 0: must be at least 1"),
+    ("eval.py", ["speed", "--batches", "1,x"], "--batches: invalid"),
+    ("train.py", ["--micro-batch", "3"], "batch_size 16 is no multiple of micro_batch 3"),
     ("data/prepare.py", ["--sorce", "x"], "--source"),
     ("data/prepare.py", NEEDED["data/prepare.py"], "v.pt: there is no such file"),
 ])
@@ -180,7 +185,7 @@ def test_drawing_and_captioning(trained, capsys):
     capsys.readouterr()
     sample.main(["--image", "samples.png", "--num-samples", "3", "--checkpoint", str(trained)])
     lines = capsys.readouterr().out.split("\n")
-    assert len(lines) == 5 and all(line.isprintable() for line in lines)
+    assert len(lines) == 6 and all(line.isprintable() for line in lines) and "3 x samples.png" in lines[1]
 
 
 def test_editing_filling_choosing_and_watching(tmp_path, capsys):
@@ -202,12 +207,12 @@ def test_editing_filling_choosing_and_watching(tmp_path, capsys):
     one = run(*prompt, count=1)[1]
     assert np.array_equal(plain[8:168:5, 8:168:5], one)                           # the first is the single one
     out, _ = run(*picture, "--text", "a [MASK:2] circle")
-    assert all(line.startswith("a") and line.endswith("circle") for line in out.splitlines()[1:])
+    assert all(line.startswith("a") and line.endswith("circle") for line in out.splitlines()[2:])
     together = run("--together")[0]
     assert len(together.splitlines()) == 5 and run("--together", count=1)[0].splitlines()[2] == together.splitlines()[2]
     assert "-> samples.png" in run("--together", *picture, "--keep", "0.5", "--text", "a [MASK] circle", "--trace")[0]
     assert "the best 3 of 4: " in run(*prompt, "--candidates", "4", "--judge", "--order", "halton")[0]
-    assert run(*picture, "--candidates", "4", "--judge")[0].count("(0.") == 3
+    assert run(*picture, "--candidates", "4", "--judge")[0].count("  (0.") == 3
     run(*prompt, "--trace", "--attention", "red circle", "--schedule", "square")
     strip, film = Image.open("samples-steps.png"), Image.open("samples-steps.gif")
     assert film.n_frames == 2 and strip.size == (196, 296) and Image.open("samples-attention.png").size == (196, 196)
@@ -219,6 +224,14 @@ def test_eval_scenes_writes_what_it_prints(trained, capsys):
     results, out = json.loads(Path("scenes.json").read_text()), capsys.readouterr().out
     assert results["scenes"] == 3 and f"{results['t2i_facts']['value']:.3f} [" in out
     assert {"t2i_exact", "i2t_exact", "i2t_facts", "length", "reconstruction"} <= set(results)
+
+
+def test_eval_bias_wants_a_world_with_habits(trained, tmp_path, capsys):
+    assert "shapes:micro has no habits" in refused("eval.py", ["bias"], capsys)
+    biased = untrained(tmp_path / "biased.pt", data="shapes:micro-biased", text_length=60)
+    eval.main(["bias", "--checkpoint", str(biased), "--num-scenes", "3", "--out", "bias.json"])
+    results, out = json.loads(Path("bias.json").read_text()), capsys.readouterr().out
+    assert results["scenes"] == 3 and f"{results['i2t_usual']['value']:.3f} [" in out
 
 
 def test_eval_edit_and_sweep(tmp_path, capsys):
@@ -324,4 +337,4 @@ def test_a_published_file_draws_and_captions(published_file, capsys):
     for name in ("a.ckpt", "ours.pt"):
         sample.main(f"--image samples.png --checkpoint {name} --heads 3 --bpe bpe.txt --clean".split())
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2:10] == lines[11:19]
+    assert lines[3:11] == lines[13:21] and len(lines) == 21
