@@ -294,7 +294,7 @@ def tables(pool: Path) -> str:
             holds = "" if arm == rows[0] else verdict(table, arm, rows[0], results)
             by_seed = " ".join(f"{value:.3f}" for value in values)
             text.append(f"{arm:18}{by_seed:36}{mean(values):<8.3f}{paper:<8}{holds}")
-    text += bias_table(results) + cost_table(pool)
+    text += bias_table(results) + curves(pool) + cost_table(pool)
     return "\n".join(text).strip()
 
 
@@ -308,6 +308,24 @@ def bias_table(results: dict[str, dict]) -> list[str]:
     head = ["", "Figure 4: a world with habits, shown what is not as usual; share of the objects, mean (by seed)",
             f"{'':18}{'said as it is':24}{'said as usual':24}{'drawn as asked':24}{'drawn as usual':24}"]
     return head + text if text else []
+
+
+def curves(pool: Path) -> list[str]:
+    """The loss per masked place on unseen pairs at each tenth of the minutes, the mean over seeds. The learning rate
+    falls over the last three of them."""
+    text = []
+    for task in ("t2i", "i2t"):
+        rows = []
+        for arm in ARMS:
+            logs = [[line[f"val_{task}"] for line in read_log(path) if f"val_{task}" in line]
+                    for path in sorted(pool.glob(f"{arm}-[0-9]*/log.jsonl"))]
+            logs = [losses for losses in logs if len(losses) >= 10]
+            if logs and arm not in BIASED and ARMS[arm].get("model") != "argvlt":  # whose losses are of other things
+                rows.append(f"{arm:18}" + "".join(f"{mean(tenth):<7.3f}" for tenth in list(zip(*logs))[:10]))
+        if rows:
+            text += ["", f"Validation loss, {task}, by the share of the minutes",
+                     f"{'':18}" + "".join(f"{f'{share}0%':7}" for share in range(1, 11)), *rows]
+    return text
 
 
 def cost_table(pool: Path) -> list[str]:

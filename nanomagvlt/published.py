@@ -169,8 +169,10 @@ def release_bpe(path: str | Path, cfg: Config) -> BPE:
 
 
 def load_vqgan(path: str | Path, sha256: str = "") -> VQGAN:
-    """The VQ-GAN of a taming-transformers file. Raises CheckpointError."""
+    """The VQ-GAN of a taming-transformers file, or that in one of the authors'. Raises CheckpointError."""
     state = {name: tensor for name, tensor in read_state_dict(path, sha256).items() if not name.startswith("loss.")}
+    within = {name.removeprefix("model_vqvae."): t for name, t in state.items() if name.startswith("model_vqvae.")}
+    state = within or state
     return _filled(VQGAN, _config(path, vqgan_sizes, state), state, path)
 
 
@@ -240,8 +242,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bpe", type=Path, default=CLIP_BPE, help=f"CLIP's merges (default {CLIP_BPE})")
     parser.add_argument("--heads", type=int, default=0, help="attention heads (default: width / 128)")
     parser.add_argument("--sha256", default="", help="refuse a file that has another digest")
+    parser.add_argument("--only-vqgan", action="store_true",
+                        help="a vqgan.pt to train with: of taming-transformers' file, or of one of the authors'")
     args = parser.parse(argv)
     try:
+        if args.only_vqgan:
+            vqgan = load_vqgan(args.file, args.sha256)
+            checkpoint.save(args.out, "vqgan", vqgan.cfg, step=0, vqgan=vqgan.state_dict())
+            print(f"the VQ-GAN of {args.file} -> {args.out}")
+            return
         model, vqgan = load_magvlt(args.file, args.heads, args.sha256)
         bpe = release_bpe(args.bpe, model.cfg)
         checkpoint.save(args.out, "magvlt", model.cfg, step=0, model=model.state_dict(), bpe=bpe.to_text(),

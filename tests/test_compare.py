@@ -144,3 +144,15 @@ def test_the_interval_of_a_difference_is_students_and_paired():
     mean, half = compare.difference(results(0.5, 0.2, 0.9), results(0.4, 0.04, 0.8), "t2i_exact")
     spread = math.sqrt(sum((gap - 0.12) ** 2 for gap in gaps) / 2)
     assert mean == pytest.approx(0.12) and half == pytest.approx(4.30 * spread / math.sqrt(3), abs=1e-9)
+
+
+def test_curves_are_means_over_seeds_by_tenths_of_the_minutes(tmp_path):
+    for arm, seed, shift in (("full", 0, 0.0), ("full", 1, 1.0), ("plain", 0, 0.5), ("argvlt", 0, 0.0)):
+        folder = tmp_path / f"{arm}-{seed}"
+        folder.mkdir()
+        lines = [{"step": 10 * i, "val_t2i": i + shift} for i in range(1, 11)] + [{"step": 100, "task": "t2i"}]
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    head, columns, full, plain = compare.curves(tmp_path)[1:]
+    assert head == "Validation loss, t2i, by the share of the minutes"
+    assert columns.split() == [f"{i}0%" for i in range(1, 11)]
+    assert full.split() == ["full", *(f"{i + 0.5:.3f}" for i in range(1, 11))] and plain.split()[-1] == "10.500"

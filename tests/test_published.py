@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from nanomagvlt import published, sequence
+from nanomagvlt import checkpoint, published, sequence
 from nanomagvlt.checkpoint import CheckpointError
 from nanomagvlt.config import preset
 from nanomagvlt.model import MAGVLT, num_parameters
@@ -60,6 +60,15 @@ def test_codes_and_pixels_are_those_of_the_authors_code(golden, loaded):
         with torch.inference_mode():
             assert torch.equal(vqgan.encode(gold["vq"]["pixels"]), gold["vq"]["codes"])
             assert (vqgan.decode(gold["vq"]["codes"]) - gold["vq"]["decoded"]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["taming_a.ckpt", "kakao_a.ckpt"])
+def test_a_vqgan_is_taken_out_to_train_with(name, golden, tmp_path):
+    folder, gold = golden
+    published.main([str(folder / name), "--only-vqgan", "--out", str(tmp_path / "vqgan.pt")])
+    with torch.inference_mode():
+        codes = checkpoint.load_vqgan(tmp_path / "vqgan.pt").encode(gold["vq"]["pixels"])
+    assert torch.equal(codes, gold["vq"]["codes"])
 
 
 def in_their_layout(model: MAGVLT, vqgan: VQGAN) -> dict:
