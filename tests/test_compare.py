@@ -48,7 +48,7 @@ def launched(tmp_path, monkeypatch) -> list[str]:
     return names
 
 
-ARGS = ["table", "--minutes", "0.001", "--seeds", "2", "--arms", "plain,no-mixsel", "--workers", "1"]
+ARGS = ["table", "--minutes", "0.001", "--seeds", "1", "--arms", "plain,no-mixsel", "--workers", "1"]
 
 
 def test_a_pool_that_is_killed_goes_on_and_a_finished_one_does_nothing(launched, tmp_path, monkeypatch, capsys):
@@ -62,11 +62,10 @@ def test_a_pool_that_is_killed_goes_on_and_a_finished_one_does_nothing(launched,
         patch.setattr(compare, "launch", killed)
         eval.main(ARGS)
     before, planned = list(launched), (tmp_path / "runs/pool/plan.json").read_text()
-    assert before == ["train.py world-0", "train.py world-1", "train.py cost-plain-0", "train.py cost-no-mixsel-0",
+    assert before == ["train.py world-0", "train.py cost-plain-0", "train.py cost-no-mixsel-0",
                       "train.py cost-plain-1", "train.py cost-no-mixsel-1", "train.py plain-0", "eval.py plain-0"]
     eval.main(ARGS)
-    assert launched[len(before):] == ["train.py no-mixsel-0", "eval.py no-mixsel-0", "train.py plain-1",
-                                      "eval.py plain-1", "train.py no-mixsel-1", "eval.py no-mixsel-1"]
+    assert launched[len(before):] == ["train.py no-mixsel-0", "eval.py no-mixsel-0"]
     assert (tmp_path / "runs/pool/plan.json").read_text() == planned
     count, _ = len(launched), capsys.readouterr()
     eval.main(ARGS)
@@ -74,9 +73,9 @@ def test_a_pool_that_is_killed_goes_on_and_a_finished_one_does_nothing(launched,
     assert len(launched) == count and "Table 7" in out and "cannot be told: not learnt" in out
     plan = json.loads(planned)
     assert f"no-mixsel         {plan['updates']['no-mixsel']}" in out
-    a, b = (json.loads((tmp_path / f"runs/pool/{name}/config.json").read_text()) for name in ("plain-1", "no-mixsel-1"))
+    a, b = (json.loads((tmp_path / f"runs/pool/{name}/config.json").read_text()) for name in ("plain-0", "no-mixsel-0"))
     assert {name for name in a if a[name] != b[name]} - {*MAY_CHANGE} == {"unroll_mask"}
-    assert a["vqgan"].endswith("world-1/vqgan.pt")
+    assert a["vqgan"].endswith("world-0/vqgan.pt")
 
 
 def test_what_failed_is_named_and_the_rest_goes_on(launched, monkeypatch, capsys):
@@ -84,10 +83,25 @@ def test_what_failed_is_named_and_the_rest_goes_on(launched, monkeypatch, capsys
     monkeypatch.setattr(compare, "launch", lambda command, output, *rest: Finished(1) if "plain-0" == output.parent.name
                         else original(command, output, *rest))
     with pytest.raises(SystemExit):
-        eval.main([*ARGS, "--seeds", "1"])
+        eval.main(ARGS)
     out, error = capsys.readouterr()
     assert "failed, and not in the tables: plain-0, plain-0 (edit); the same command" in error
     assert "plain-0: failed, see runs/pool/plain-0/output.txt" in out and "no-mixsel-0 (edit): done" in out
+
+
+def test_seeds_are_the_outer_loop_and_arms_of_a_seed_share_its_world(tmp_path, monkeypatch):
+    """So that a pool that is cut short holds whole comparisons."""
+    done = []
+    monkeypatch.setattr(compare, "work", lambda jobs, workers, lock: done.extend(jobs) or [])
+    monkeypatch.setattr(compare, "plan", lambda pool, arms, *rest: ({arm: 100 for arm in arms}, []))
+    compare.fill(tmp_path, ["full", "biased-full"], 2, 1.0, 1)
+    assert [job.name for job in done] == [
+        "world-0", "world-biased-0", "world-1", "world-biased-1", "full-0", "full-0 (edit)", "biased-full-0",
+        "biased-full-0 (bias)", "full-1", "full-1 (edit)", "biased-full-1", "biased-full-1 (bias)"]
+    of = {job.name: " ".join(job.command) for job in done}
+    assert "world-biased-1/vqgan.pt" in of["biased-full-1"] and "--seed 1" in of["biased-full-1"]
+    assert "--data shapes:tiny-biased" in of["world-biased-1"] and "--data" not in of["full-1"]
+    assert "--mixsel select" in of["full-1"] and "--unroll-mask true" in of["full-1"]
 
 
 def test_a_pool_in_use_or_with_other_minutes_is_refused(launched, tmp_path, capsys):

@@ -23,8 +23,11 @@ SMALL = """
     --sample-every 6 --save-every 4 --image-steps 2 --text-steps 2""".split()
 
 
+WHOLE = [*SMALL, *"--micro-batch 2 --unroll-mask true --mixsel select".split()]  # in two parts, all of the method
+
+
 def run(*more: str) -> Path:
-    train.main([*SMALL, *more])
+    train.main([*WHOLE, *more])
     return Path("runs/micro")
 
 
@@ -210,7 +213,7 @@ def test_what_samples_is_the_moving_average_of_what_is_trained(straight, cfg, mo
 
 def test_argvlt_trains_draws_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run("--model", "argvlt", "--task-weights", "1,1,0", "--segments", "true")
+    run(*"--model argvlt --task-weights 1,1,0 --segments true --unroll-mask false --mixsel off".split())
     log = [json.loads(line) for line in Path("runs/micro/log.jsonl").read_text().splitlines()]
     assert {"generated", "condition"} <= log[0].keys() and "val_generated" in log[-1]
     capsys.readouterr()
