@@ -64,7 +64,7 @@ PROTOCOLS = {
         "Bleu_4": (10.9, None, 14.6, None), "METEOR": (14.9, None, 19.0, None), "CIDEr": (45.5, 43.6, 60.4, 68.1),
         "SPICE": (11.2, 11.2, 14.3, 15.5)}),
     "nocaps": Protocol(False, False, 4_500, "", None, 64, 12, (), "at what temperature it wrote", {
-        "CIDEr": (33.4, 34.1, 46.3, 55.8), "SPICE": (6.4, 6.1, 8.7, 9.8)}),
+        "overall CIDEr": (33.4, 34.1, 46.3, 55.8), "overall SPICE": (6.4, 6.1, 8.7, 9.8)}),
     "infill": Protocol(False, True, 5_000, "test", None, 1, 12, (),
                        "which captions it hid, of how many candidates it chose, nor against which it scored", {
                            "Bleu_4": (39.5, None, 42.7, None), "METEOR": (32.2, None, 35.2, None),
@@ -237,9 +237,9 @@ class Run:
         written = {item.photo.id: text for item, text in zip(self.items, self.made.column("captions"))}
         write_results_json(self.out / "captions.json", written)
         scores, notes = {}, {}
-        for domain in (*DOMAINS, "") if self.name == "nocaps" else ("",):
+        for domain in (*DOMAINS, "overall") if self.name == "nocaps" else ("",):
             references = {item.photo.id: item.photo.captions for item in self.items
-                          if not domain or item.photo.domain == domain}
+                          if domain not in DOMAINS or item.photo.domain == domain}
             if references:
                 results = {photo: written[photo] for photo in references}
                 java, notes[domain] = java_metrics(results, references)
@@ -273,12 +273,12 @@ def report(run: Run, scores: dict[str, float]) -> None:
     print(line)
     for name, value in scores.items():
         beside = ", ".join(f"{model} {number}" for model, number in paper.get(name, {}).items() if number)
-        print(f"{name:24}{value:<10.4g}" + (f"the paper's: {beside}" if beside else ""))
+        print(f"{name:24}{value:<10.2f}" + (f"the paper's, zero-shot: {beside}" if beside else ""))
     if paper and protocol.not_said:
         print(f"The paper does not say {protocol.not_said}.")
     if protocol.blurs and not run.inception:
-        print("no FID and no IS: they want --inception FILE, which `python data/download.py inception` fetches")
+        print("No FID and no IS: they want --inception FILE, which `python data/download.py inception` fetches")
     if not run.judge:
-        print("no CLIP score, and no choice among candidates: they want --clip ViT-B-32.pt, which OpenAI publishes")
+        print("No CLIP score, and no choice among candidates: they want --clip ViT-B-32.pt, which OpenAI publishes")
     write_json(run.out / "result.json", {"protocol": line, "scores": scores, "paper": paper, "settings": run.settings})
     print(f"-> {run.out / 'result.json'}")
