@@ -140,7 +140,8 @@ def coco(args) -> None:
                           args.num, args.candidates, args.seed, args.split)
     run.work(part)
     if part:
-        print(f"part {part[0] + 1}/{part[1]} is done; when all are, the same command without --part scores them")
+        print(f"part {part[0] + 1}/{part[1]} is done; when all are, the same command without --part or torchrun "
+              "scores them")
     else:
         protocols.report(run, run.score())
 
