@@ -6,6 +6,7 @@
   bias      in a biased world: is it said what is there, or what is usual?
   speed     masked against autoregressive decoding, random weights: python eval.py speed --preset base
   table     trains a pool of variants, and prints the paper's tables from it: python eval.py table --minutes 12
+  coco      the paper's protocols on COCO and NoCaps: python eval.py coco --protocol t2i --captions FILE --images FOLDER
   bpe       how fast captions are encoded, beside CLIP's own algorithm: python eval.py bpe --captions FILE
 """
 import dataclasses
@@ -21,12 +22,14 @@ from statistics import median
 import ftfy
 import torch
 
-from nanomagvlt import checkpoint, compare, metrics, published, shapes
+from nanomagvlt import checkpoint, compare, metrics, parallel, protocols, published, shapes
 from nanomagvlt import speed as timing
 from nanomagvlt.bpe import BPE, BYTE_TO_SYMBOL, CLIP_WORDS, to_symbols
+from nanomagvlt.clip import load_judge
 from nanomagvlt.config import PRESETS, Parser, nearest, preset
 from nanomagvlt.data import write_json
 from nanomagvlt.generate import Generator, load_generator, pick_device
+from nanomagvlt.inception import load_inception
 from nanomagvlt.masking import ORDERS, SCHEDULES
 from nanomagvlt.sequence import TASKS
 from nanomagvlt.vqgan import VQGAN
@@ -118,6 +121,31 @@ def speed(args) -> None:
     save(args, machine | {"comparisons": found})
 
 
+def coco(args) -> None:
+    """One of the paper's protocols, or a share of its work; killed, the same command goes on."""
+    if missing := [name for name in ("protocol", "captions", "images", "out") if getattr(args, name) is None]:
+        raise ValueError(f"coco wants --{missing[0]}; see --help")
+    part, device = parallel.share_of_work(args.part, args.device)
+    generator = load_generator(args.checkpoint or checkpoint.newest(), device, args.bpe)
+    if args.steps and generator.cfg.model == "argvlt":
+        raise ValueError("--steps: an ARGVLT makes one token after the other")
+    draws = protocols.PROTOCOLS[args.protocol].draws
+    settings = {"image_steps" if draws else "text_steps": args.steps, "argvlt_temperature": args.temperature,
+                "image_temperature" if draws else "text_temperature":
+                    (args.temperature,) * 2 if draws and args.temperature is not None else args.temperature}
+    generator = generator.with_settings(**{name: value for name, value in settings.items() if value is not None})
+    judge = load_judge(args.clip, args.bpe, generator.device) if args.clip else None
+    inception = load_inception(args.inception).to(generator.device) if args.inception else None
+    run = protocols.begin(args.protocol, args.captions, args.images, args.out, generator, judge, inception,
+                          args.num, args.candidates, args.seed, args.split)
+    run.work(part)
+    if part:
+        print(f"part {part[0] + 1}/{part[1]} is done; when all are, the same command without --part or torchrun "
+              "scores them")
+    else:
+        protocols.report(run, run.score())
+
+
 def small_world(args) -> tuple[Generator, shapes.Level]:
     """The checkpoint and the world it was trained in. Raises ValueError where right and wrong cannot be told."""
     path = args.checkpoint or checkpoint.newest()
@@ -191,8 +219,29 @@ def bpe(args) -> None:
               "same ids")
 
 
-WHAT = {"scenes": scenes, "edit": edit, "sweep": sweep, "bias": bias, "speed": speed, "table": table,
+WHAT = {"scenes": scenes, "edit": edit, "sweep": sweep, "bias": bias, "speed": speed, "table": table, "coco": coco,
         "bpe": bpe}
+
+
+def add_coco_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("for coco (--out is then a folder; a run that was killed goes on in it)")
+    group.add_argument("--protocol", choices=protocols.PROTOCOLS, help=", ".join(protocols.PROTOCOLS))
+    group.add_argument("--images", type=Path, help="the folder in which --captions, a JSON file, has its images")
+    group.add_argument("--split", help="of Karpathy's dataset_coco.json (default test)")
+    group.add_argument("--num", type=int, help="how many captions or images (default: the paper's)")
+    group.add_argument("--candidates", type=int, help="of which --clip chooses (default: the paper's, or 1)")
+    group.add_argument("--clip", type=Path, help="OpenAI's ViT-B-32.pt")
+    group.add_argument("--inception", type=Path, help="FID's network: python data/download.py inception")
+    group.add_argument("--steps", type=int, help="decoding steps K (default: the checkpoint's)")
+    group.add_argument("--temperature", type=float,
+                       help="at every step (default: the checkpoint's; the authors' evaluation has 0.5 for captions)")
+    group.add_argument("--part", type=parallel.of_many, metavar="K/N",
+                       help="do only the K-th of N shares; at last the same command without it merges and scores")
+    group = parser.add_argument_group("for bpe and coco")
+    group.add_argument("--captions", type=Path, help="a text file, a caption a line; for coco COCO's, Karpathy's or "
+                       "NoCaps' JSON file")
+    group.add_argument("--bpe", type=Path, default=published.CLIP_BPE,
+                       help="merges (default: CLIP's, where data/download.py puts them)")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -204,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--phrasings", type=int, default=3, help="ways each is asked for (default 3)")
     parser.add_argument("--seed", type=int, default=0, help="of phrasings and decoding (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results; for coco a folder")
     group = parser.add_argument_group("for table")
     group.add_argument("--pool", type=Path, default=Path("runs/pool"), help="its folder (default runs/pool)")
     group.add_argument("--minutes", type=float, default=0, help="of training for each run; 0: only print the tables")
@@ -220,15 +269,12 @@ def main(argv: list[str] | None = None) -> None:
                        help="batch sizes, with commas between (default 1,8,32)")
     group.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that is not (default 5)")
     group.add_argument("--compile", action="store_true", help="torch.compile both, on CUDA with CUDA graphs")
-    group = parser.add_argument_group("for bpe")
-    group.add_argument("--captions", type=Path, help="a text file, a caption a line")
-    group.add_argument("--bpe", type=Path, default=published.CLIP_BPE,
-                       help="merges (default: CLIP's, where data/download.py puts them)")
+    add_coco_flags(parser)
     args = parser.parse(argv)
-    for flag in ("num_scenes", "phrasings", "seeds", "workers", "repeats"):
-        if getattr(args, flag) < 1:
+    for flag in ("num_scenes", "phrasings", "seeds", "workers", "repeats", "num", "candidates", "steps"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
-    if args.out and not args.out.parent.is_dir():
+    if args.out and args.what != "coco" and not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
     for arm in args.arms:
         if arm not in compare.ARMS:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from nanomagvlt import checkpoint, clip, decode, edit, published, shapes, watch
-from nanomagvlt.bpe import BPE, clean_written
+from nanomagvlt.bpe import clean_written
 from nanomagvlt.config import Parser
 from nanomagvlt.data import encode_captions, keyed_generator
 from nanomagvlt.generate import Generator, contact_sheet, load_generator
@@ -177,20 +177,8 @@ def read_chooser(args, generator: Generator):
                              for reading, v in pairs])
         return judge
     if args.clip:
-        if not args.bpe.is_file():
-            raise ValueError(f"{args.bpe}: there is no such file; python data/download.py clip-bpe fetches it")
-        model, bpe = clip.load_clip(args.clip).to(generator.device), BPE.load(args.bpe)
-        if bpe.vocab_size != model.vocab_size:
-            raise ValueError(f"{args.bpe} has {bpe.vocab_size} tokens, {args.clip} {model.vocab_size}: give its merges")
-
-        @torch.inference_mode()
-        def cosine(pictures: np.ndarray, texts: list[str]) -> np.ndarray:
-            pixels = clip.preprocess(pictures, model.resolution).to(generator.device)
-            tokens = clip.tokenize(bpe, texts, model.context_length).to(generator.device)
-            images = torch.cat([model.encode_image(part) for part in pixels.split(64)])
-            words = torch.cat([model.encode_text(part) for part in tokens.split(64)])
-            return model.similarity(images, words).flatten().cpu().numpy()
-        return cosine
+        judge = clip.load_judge(args.clip, args.bpe, generator.device)
+        return lambda pictures, texts: judge.model.similarity(judge.look(pictures), judge.read(texts)).flatten().numpy()
 
 
 def read_image(path: Path) -> Image.Image:

@@ -12,9 +12,7 @@ or under torchrun; then the same command without --part (or torchrun) joins what
 
   python data/prepare.py --inspect --source 'shards/*.tar'     looks at a source first; no VQ-GAN is needed
 """
-import argparse
 import math
-import os
 import random
 import sys
 import textwrap
@@ -34,6 +32,7 @@ from nanomagvlt.config import Parser, preset
 from nanomagvlt.data import (TokenCache, is_made, join_parts, make_batch, part_paths, refuse_foreign, remove_parts,
                              rows_of_step, to_pixels, write_part)
 from nanomagvlt.generate import contact_sheet, pick_device
+from nanomagvlt.parallel import of_many, share_of_work
 from nanomagvlt.readers import MAX_BAD_SHARE, Pair, as_pairs, left_out, pieces_of, usable
 
 LOOKED_AT = 128   # samples that --inspect keeps, drawn at random
@@ -42,10 +41,7 @@ ON_SHEET = 24
 
 def prepare(args) -> None:
     """Makes what is missing of this process's share and, where that is all, joins it."""
-    part, device = args.part, args.device
-    if not part and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
-        part = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and torch.cuda.is_available() else device
+    part, device = share_of_work(args.part, args.device)
     vqgan = checkpoint.load_vqgan(args.vqgan).to(pick_device(device))
     pieces = pieces_of(args.source, vqgan.cfg.image_size, args.pairs, args.split, args.seed)
     settings = {"vqgan": checkpoint.digest(vqgan), "image_size": vqgan.cfg.image_size, "crops": args.crops,
@@ -155,14 +151,6 @@ def time_batches(args) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- from the command line
-
-def of_many(text: str) -> tuple[int, int]:
-    """'3/8' -> (2, 8)."""
-    number, _, many = text.partition("/")
-    if not (number.isdecimal() and many.isdecimal() and 1 <= int(number) <= int(many)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no share such as 3/8")
-    return int(number) - 1, int(many)
-
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="data/prepare.py", description=__doc__)

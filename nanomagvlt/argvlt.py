@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanomagvlt import sequence
-from nanomagvlt.masking import sample
+from nanomagvlt.masking import random_rows, sample
 
 MAIN = "generated"  # the term that validation adds up over the tasks
 
@@ -107,7 +107,7 @@ def generate(model, task: str, image_tokens: Tensor, text_tokens: Tensor, length
     half, first_id, end = ((seq.layout.image, 0, -1) if task == "t2i" else
                            (seq.layout.text, cfg.codebook_size, cfg.text_vocab - 1))      # an image has no end token
     batch, count = to_fill.shape
-    uniform = torch.rand(batch, count, generator=generator).to(to_fill.device)                       # (B, N) or (B, T)
+    uniform = random_rows(generator, batch, count).to(to_fill.device)                       # (B, N) or (B, T)
     is_over = torch.zeros(batch, dtype=torch.bool, device=to_fill.device)                            # (B,)
     places = torch.arange(seq.token_ids.shape[1], device=to_fill.device)                             # (L,)
     if use_cache and cache is None:

@@ -17,6 +17,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ HEAD = 64                                                 # the width of a head,
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ENTRIES = r"[^/]+/(data\.pkl|data/\d+|version|byteorder)"                       # of an archive; the rest is code
 KNOWN_CLASSES = r"__torch__\..*|torch\._utils\._rebuild_tensor_v2|collections\.OrderedDict|torch\.\w+Storage"
+JUDGED = 64                                               # images or texts at a time
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")             # numbers that OpenAI keeps as tensors
 
 
@@ -244,3 +246,32 @@ def load_clip(path: str | Path) -> CLIP:
     except (ValueError, IndexError, TypeError, RuntimeError) as error:  # too few dimensions, an odd size, another name
         raise ValueError(f"{path}: no weights of CLIP: {' '.join(str(error).split())[:200]}") from None
     return model.requires_grad_(False).eval()
+
+
+@dataclass
+class Judge:
+    """CLIP with the words it knows: pictures and strings in, features out, on the CPU."""
+    model: CLIP
+    bpe: BPE
+
+    @torch.inference_mode()
+    def look(self, images: np.ndarray) -> Tensor:
+        """Images (B, S, S, 3), uint8 -> features (B, E)."""
+        parts = (preprocess(images[i:i + JUDGED], self.model.resolution) for i in range(0, len(images), JUDGED))
+        return torch.cat([self.model.encode_image(part.to(self.model.logit_scale.device)) for part in parts]).cpu()
+
+    @torch.inference_mode()
+    def read(self, texts: list[str]) -> Tensor:
+        """Texts -> features (B, E)."""
+        tokens = tokenize(self.bpe, texts, self.model.context_length).to(self.model.logit_scale.device)
+        return torch.cat([self.model.encode_text(part) for part in tokens.split(JUDGED)]).cpu()
+
+
+def load_judge(path: str | Path, merges: str | Path, device: str | torch.device = "cpu") -> Judge:
+    """CLIP and its tokenizer. Raises ValueError, one line, where either cannot be used or they do not go together."""
+    if not Path(merges).is_file():
+        raise ValueError(f"{merges}: there is no such file; python data/download.py clip-bpe fetches it")
+    model, bpe = load_clip(path).to(device), BPE.load(merges)
+    if bpe.vocab_size != model.vocab_size:
+        raise ValueError(f"{merges} has {bpe.vocab_size} tokens, {path} {model.vocab_size}: give its merges")
+    return Judge(model, bpe)

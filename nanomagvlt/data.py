@@ -242,8 +242,8 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 
 
 def write_json(path: Path, value) -> None:
-    """Writes a whole file or none."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Writes a whole file or none, whoever else writes it at the same time."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nanomagvlt import sequence
-from nanomagvlt.masking import decoding_counts, halton_rank, lowest, order_scores, sample
+from nanomagvlt.masking import decoding_counts, halton_rank, lowest, order_scores, random_rows, sample
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def decode(guess: Callable[[list[Canvas]], list[Tensor]], canvases: list[Canvas]
     """Fills the canvases in K steps, the same K for all of them.
 
     guess(canvases) -> logits (B, N, V) of each, from its tokens and is_masked. All randomness is drawn from the
-    generator (a CPU one) beforehand, row after row, so the first row of a batch is the single sample of the same seed.
+    generator (a CPU one) beforehand, row after row, so the first row of a batch is the single sample of the same seed;
+    or it is an iterator that gives each row a generator of its own (masking.random_rows).
     Raises ValueError where an image has fewer places to fill than there are steps, or canvases differ in steps.
     """
     batch, k_steps = len(canvases[0].tokens), canvases[0].recipe.steps
@@ -99,7 +100,7 @@ def decode(guess: Callable[[list[Canvas]], list[Tensor]], canvases: list[Canvas]
         if not canvas.recipe.can_remask and k_steps > fewest:
             raise ValueError(f"{k_steps} decoding steps, but only {fewest} tokens to reveal: take fewer steps")
     sizes = [k_steps * 2 * canvas.tokens.shape[1] for canvas in canvases]
-    uniform = torch.rand(batch, sum(sizes), generator=generator).to(canvases[0].tokens.device).split(sizes, dim=1)
+    uniform = random_rows(generator, batch, sum(sizes)).to(canvases[0].tokens.device).split(sizes, dim=1)
     uniform = [numbers.view(batch, k_steps, 2, -1) for numbers in uniform]                           # (B, K, 2, N)
     for k in range(k_steps):
         for canvas, logits, numbers in zip(canvases, guess(canvases), uniform):

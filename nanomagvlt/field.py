@@ -54,6 +54,16 @@ class Moments:
         self.mean = self.mean + apart * (count / total)
         self.count = total
 
+    def to_dict(self) -> dict[str, int | Tensor]:
+        """All there is to it, to be kept in a file; Moments.from_dict() takes it."""
+        return {"count": self.count, "mean": self.mean, "scatter": self.scatter}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, int | Tensor]) -> "Moments":
+        moments = cls()
+        moments.count, moments.mean, moments.scatter = (content[name] for name in ("count", "mean", "scatter"))
+        return moments
+
     @property
     def covariance(self) -> Tensor:
         """(D, D), unbiased. Raises ValueError where there are fewer than two samples."""

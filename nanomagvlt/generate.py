@@ -27,7 +27,10 @@ from nanomagvlt.vqgan import VQGAN
 
 @dataclass
 class Generator:
-    """A trained MAGVLT with its two tokenizers. Everything it makes follows from the torch.Generator it is given."""
+    """A trained MAGVLT with its two tokenizers. Everything it makes follows from the torch.Generator it is given.
+
+    draw_tokens() and write_tokens() take an iterator of generators as well, one for each row: masking.random_rows().
+    """
     model: MAGVLT
     vqgan: VQGAN
     bpe: BPE

@@ -16,7 +16,7 @@ Shapes: B batch, N places of one modality, K decoding steps. `python -m nanomagv
 Read on in sequence.py.
 """
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -118,6 +118,16 @@ def van_der_corput(i: int, base: int) -> float:
         i, digit = divmod(i, base)
         value += digit * unit
     return value
+
+
+def random_rows(chance: torch.Generator | Iterator[torch.Generator], rows: int, count: int) -> Tensor:
+    """Uniform numbers in [0, 1), (rows, count), all from one generator, row after row.
+
+    Or each row from the next of several: what it becomes does then not depend on who else is in the batch.
+    """
+    if isinstance(chance, torch.Generator):
+        return torch.rand(rows, count, generator=chance)
+    return torch.stack([torch.rand(count, generator=next(chance)) for _ in range(rows)])
 
 
 def gumbel(uniform: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 there is one, and nothing here does anything. The model is not wrapped: an update's gradients are summed once, in one
 piece, when all of its parts are done. So it does not matter that some weights have no gradient in some tasks.
 """
+import argparse
 import os
 from datetime import timedelta
 
@@ -61,3 +62,24 @@ def wait() -> None:
 def end() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------- work in shares
+
+def of_many(text: str) -> tuple[int, int]:
+    """'3/8' -> (2, 8)."""
+    number, _, many = text.partition("/")
+    if not (number.isdecimal() and many.isdecimal() and 1 <= int(number) <= int(many)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share such as 3/8")
+    return int(number) - 1, int(many)
+
+
+def share_of_work(part: tuple[int, int] | None, device: str) -> tuple[tuple[int, int] | None, str]:
+    """Which share of a job without gradients is done here, and on what: the part asked for, or what torchrun says.
+
+    None is all of it. Such processes never speak to each other: what each has finished lies in files.
+    """
+    if not part and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        part = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and torch.cuda.is_available() else device
+    return part, device

@@ -12,7 +12,7 @@ from nanomagvlt.model import MAGVLT
 SHARED = Path(__file__).parents[2] / "shared"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data that lies beside the project on the build machines."""
     if not SHARED.is_dir():

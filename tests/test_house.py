@@ -15,6 +15,8 @@ MAY_IMPORT = {
     "readers": "shapes", "data": "bpe readers", "checkpoint": "bpe config model vqgan",
     "metrics": "shapes data edit sequence", "captions": "data", "field": "", "inception": "",
     "published": "bpe checkpoint config model vqgan",
+    "photos": "data readers",
+    "chunks": "data", "protocols": "bpe captions checkpoint chunks clip data edit field generate inception photos",
     "compare": "data", "speed": "argvlt config decode model sequence",
     "clip": "bpe", "edit": "bpe", "watch": "bpe decode model sequence",
     "parallel": "", "budget": "config model parallel sequence speed update",
