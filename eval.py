@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        parser.exit(130, "stopped; the same command goes on from there\n")
+        parser.exit(130, f"stopped{'; the same command goes on from there' * (args.what in ('table', 'coco'))}\n")
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror or error}")
 

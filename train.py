@@ -106,32 +106,34 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
     model, bpe, device, is_first = generator.model, generator.bpe, generator.device, parallel.rank() == 0
     generator.model = averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = optimizer_for(model, cfg, cfg.lr)
-    step, best, seconds = resume(run, model, averaged, optimizer)  # seconds: in updates alone
+    step, best, seconds, lost = resume(run, model, averaged, optimizer)  # seconds: in updates alone
     say(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, "
         f"{cfg.steps:,} updates of {cfg.batch_size}" + (f", going on at step {step:,}" if step else ""))
 
     def save(name):
         checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, seconds=seconds, model=averaged.state_dict(),
                         bpe=bpe.to_text(), vqgan=generator.vqgan.state_dict(), trained=model.state_dict(),
-                        optimizer=optimizer.state_dict())
+                        optimizer=optimizer.state_dict(), lost=[is_finite.lost, is_finite.in_a_row])
 
-    one_pass = torch.compile(method_of(cfg).one_pass) if cfg.compile else method_of(cfg).one_pass
-    parts, meter, is_finite = Parts(cfg, caches["train"], bpe, device), Meter(cfg, device), Finite(run)
+    one_pass = method_of(cfg).one_pass
+    one_pass = torch.compile(one_pass, fullgraph=True) if cfg.compile else one_pass
+    parts, meter, is_finite = Parts(cfg, caches["train"], bpe, device), Meter(cfg, device), Finite(run, *lost)
     log, before = Log(run / "log.jsonl" if is_first else Path(os.devnull), step), reference_losses(cfg)
-    with Interrupt() as stop, tqdm(total=cfg.steps, initial=step, desc="model", unit="step", disable=not is_first,
-                                   **BAR) as bar:
+    with Interrupt(is_first) as stop, tqdm(total=cfg.steps, initial=step, desc="model", unit="step",
+                                           disable=not is_first, **BAR) as bar:
         while step < cfg.steps:
             started = time.perf_counter()
             task, terms, norm = update_model(model, optimizer, cfg, parts, one_pass, step)
             step += 1
             if is_finite(norm, step):  # else nothing was changed
                 average(averaged, model, min(cfg.ema, step / (step + 10)))
-            seconds += time.perf_counter() - started
-            meter.count(task, parts.num_text)
+            took = time.perf_counter() - started
+            seconds += took
+            meter.count(task, parts.num_texts, took)
             bar.update()
             if step % cfg.log_every == 0:
                 values = {name: term.item() for name, term in terms.items()}
-                log.write(step=step, seconds=seconds, task=task, lr=optimizer.param_groups[0]["lr"], norm=norm.item(),
+                log.write(step=step, seconds=seconds, task=task, lr=optimizer.param_groups[0]["lr"], norm=norm,
                           skipped=is_finite.lost, **values)
                 bar.set_postfix_str(meter.read(task, values), refresh=False)
             is_last = step == cfg.steps
@@ -152,15 +154,16 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
                 raise Stopped(f"{run / 'last.pt'} at step {step:,}")
 
 
-def resume(run: Path, model: MAGVLT, averaged: MAGVLT, optimizer: torch.optim.Optimizer) -> tuple[int, float, float]:
-    """Takes everything up from last.pt, if there is one: its step, the best validation loss, seconds of training."""
+def resume(run: Path, model: MAGVLT, averaged: MAGVLT, optimizer: torch.optim.Optimizer) -> tuple:
+    """Takes everything up from last.pt, if there is one: its step, the best validation loss, seconds of training, and
+    how many updates were not finite, in all and at the end."""
     if not (run / "last.pt").exists():
-        return 0, math.inf, 0.0
+        return 0, math.inf, 0.0, (0, 0)
     state = checkpoint.load(run / "last.pt", "magvlt")
     model.load_state_dict(state["trained"])
     averaged.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["best"], state["seconds"]
+    return state["step"], state["best"], state["seconds"], state["lost"]
 
 
 def reference_losses(cfg: Config) -> dict[int, str]:
@@ -270,21 +273,30 @@ def main(argv: list[str] | None = None) -> None:
         threads, others = torch.get_num_threads(), parallel.world() - 1
         say(f"{device} ({threads} CPU thread{'s' * (threads > 1)}), {f'{others + 1} processes, ' * (others > 0)}"
             f"preset {args.preset}, transformer of at most {size:,} parameters -> {run}/")
-        if args.dry_run:
-            return say(budget(cfg, device))
-        if parallel.rank() == 0:
+        if parallel.rank() == 0 and args.dry_run:
+            print(budget(cfg, device))
+        elif parallel.rank() == 0:
             settle(cfg, run)
-        stages(cfg, run, device, args.stage)
-        parallel.end()
+        if not args.dry_run:
+            stages(cfg, run, device, args.stage)
     except Stopped as what:
         say(f"stopped: {what}; the same command goes on from there")
         sys.exit(130)  # not 0: `train.py && sample.py` is not to go on with half a model
     except KeyboardInterrupt:  # between the training loops; what is unfinished there is done anew
         parser.exit(130, "stopped; the same command goes on from the last finished stage\n")
     except (DataError, checkpoint.CheckpointError, ValueError) as error:
-        parser.error(str(error))
+        complain(parser, str(error))
     except OSError as error:
-        parser.error(f"{error.filename or run}: {error.strerror or error}")
+        complain(parser, f"{error.filename or run}: {error.strerror or error}")
+    finally:
+        parallel.end()
+
+
+def complain(parser: Parser, line: str) -> None:
+    """Ends with status 2 and, in the first process, the line."""
+    if parallel.rank() == 0:
+        parser.error(line)
+    sys.exit(2)
 
 
 def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
@@ -301,6 +313,7 @@ def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
     if last != "model":
         return
     cfg = dataclasses.replace(cfg, text_vocab=bpe.vocab_size)
+    torch.set_float32_matmul_precision("high")  # on GPUs; not before: tokens are found in full precision
     torch.manual_seed(keyed_seed(cfg.seed, "weights"))
     generator = Generator(MAGVLT(cfg).to(device), vqgan, bpe, cfg)
     train_model(cfg, run, caches, generator)

@@ -110,8 +110,7 @@ def generate(model, task: str, image_tokens: Tensor, text_tokens: Tensor, length
     uniform = random_rows(generator, batch, count).to(to_fill.device)                       # (B, N) or (B, T)
     is_over = torch.zeros(batch, dtype=torch.bool, device=to_fill.device)                            # (B,)
     places = torch.arange(seq.token_ids.shape[1], device=to_fill.device)                             # (L,)
-    if use_cache and cache is None:
-        cache = model.new_cache(batch, len(places))
+    cache = (cache or model.new_cache(batch, len(places))) if use_cache else None
     read = 0
     for i in range(count):
         place = half.start + i

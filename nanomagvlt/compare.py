@@ -89,7 +89,7 @@ TABLES = [
     Table("What the paper leaves open, captions", *WRITTEN, {"plain": None, "same-ratio": None, "length-main": None}),
     Table("UnrollMask's text rule, captions", *WRITTEN, {"no-mixsel": None, "unroll-all": None}),
 ]
-BIASED = ("biased-full", "biased-no-mixsel", "biased-plain")
+BIASED = [arm for arm, settings in ARMS.items() if "data" in settings]
 
 
 # ---------------------------------------------------------------------------------------------- the pool
@@ -115,14 +115,12 @@ def fill(pool: Path, arms: list[str], seeds: int, minutes: float, workers: int) 
     except BlockingIOError:
         raise ValueError(f"{pool} is in use by another `eval.py table`, or by a run that one left behind: "
                          "wait for it, or stop it") from None
-    worlds = [world(pool, arm, seed) for seed in range(seeds) for arm in arms]
-    failed = work([make_world(folder) for folder in dict.fromkeys(worlds)], workers, lock)
-    if failed:
-        return failed
-    updates, failed = plan(pool, arms, minutes, workers, lock)
+    worlds = {world(pool, arm, seed): make_world(pool, arm, seed) for seed in range(seeds) for arm in arms}
+    failed = work([*worlds.values()], workers, lock)
+    updates, more = plan(pool, arms, minutes, workers, lock)
     jobs = [job for seed in range(seeds) for arm in arms if arm in updates
             for job in run(pool, arm, seed, updates[arm])]
-    return failed + work(jobs, workers, lock)
+    return failed + more + work(jobs, workers, lock)
 
 
 def world(pool: Path, arm: str, seed: int) -> Path:
@@ -130,9 +128,9 @@ def world(pool: Path, arm: str, seed: int) -> Path:
     return pool / f"world{'-biased' * (arm in BIASED)}-{seed}"
 
 
-def make_world(folder: Path) -> Job:
-    biased, seed = "biased" in folder.name, folder.name.rpartition("-")[2]
-    settings = {**COMMON, "seed": seed} | ({"data": "shapes:tiny-biased"} if biased else {})
+def make_world(pool: Path, arm: str, seed: int) -> Job:
+    folder = world(pool, arm, seed)
+    settings = {**COMMON, "seed": seed} | {name: value for name, value in ARMS[arm].items() if name == "data"}
     return Job(folder.name, train(folder, settings, "--stage", "bpe"), folder / "bpe.txt")
 
 
@@ -161,7 +159,8 @@ def plan(pool: Path, arms: list[str], minutes: float, workers: int, lock) -> tup
         return kept["updates"], []
     often = {"log_every": warm, "eval_every": 10 ** 6, "sample_every": 10 ** 6, "eval_scenes": 1}
     arm_of = {pool / f"cost-{arm}-{again}": arm for again in range(2) for arm in dict.fromkeys([YARDSTICK, *new])}
-    failed = work([Job(folder.name, train(folder, of_an_arm(pool, arm, 0, short) | often), folder / "scenes.json")
+    failed = work([Job(folder.name, train(folder, of_an_arm(pool, arm, 0, short) | often), folder / "scenes.json",
+                       world(pool, arm, 0) / "bpe.txt")
                    for folder, arm in arm_of.items()], workers, lock)
     cost = {}  # the quicker of two, since what else goes on on the machine can only slow one down
     for folder, arm in arm_of.items():
@@ -183,7 +182,8 @@ def run(pool: Path, arm: str, seed: int, steps: int) -> list[Job]:
     folder = pool / f"{arm}-{seed}"
     scenes, last = folder / "scenes.json", str((folder / "last.pt").resolve())
     often = {"eval_every": max(50, steps // 10), "sample_every": steps, "save_every": 500}
-    jobs = [Job(folder.name, train(folder, of_an_arm(pool, arm, seed, steps) | often), scenes)]
+    jobs = [Job(folder.name, train(folder, of_an_arm(pool, arm, seed, steps) | often), scenes,
+                world(pool, arm, seed) / "bpe.txt")]
     for what in ("bias",) if arm in BIASED else ("edit",):
         out = folder / f"{what}.json"
         jobs.append(Job(f"{folder.name} ({what})", ["eval.py", what, "--checkpoint", last, "--phrasings", "1", "--out",
@@ -195,8 +195,9 @@ def launch(command: list[str], output: Path, workers: int, lock) -> subprocess.P
     """Starts a script of ours. Beside others it gets one thread: two that share a core wait for each other."""
     env = os.environ | ({"OMP_NUM_THREADS": "1"} if workers > 1 else {})
     with open(output, "a") as file:
+        # In a session of its own Ctrl-C does not reach it: work() tells it to stop, once. Twice would be at once.
         return subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], stdout=file, stderr=file,
-                                env=env, pass_fds=(lock.fileno(),))
+                                env=env, pass_fds=(lock.fileno(),), start_new_session=True)
 
 
 def work(jobs: list[Job], workers: int, lock) -> list[str]:
@@ -258,31 +259,40 @@ def has_learnt(results: dict[int, dict], task: str) -> bool:
 
 
 def difference(ours: dict[int, dict], reference: dict[int, dict], name: str) -> tuple[float, float]:
-    """Mean and half the 95% interval of what the arm has more than the reference, over the seeds that both have."""
-    gaps = [ours[seed][name]["value"] - reference[seed][name]["value"] for seed in ours.keys() & reference.keys()
-            if name in ours[seed] and name in reference[seed]]
+    """Mean and half the 95% interval of what the arm has more than the reference, over the seeds that both have.
+
+    The interval is never less than what one scene makes: seeds that agree by chance are no proof.
+    """
+    both = [seed for seed in ours.keys() & reference.keys() if name in ours[seed] and name in reference[seed]]
+    gaps = [ours[seed][name]["value"] - reference[seed][name]["value"] for seed in both]
     if len(gaps) < 2:
-        return (gaps[0] if gaps else float("nan")), float("inf")
-    return mean(gaps), T_95[min(len(gaps), 10)] * stdev(gaps) / len(gaps) ** 0.5
+        return (gaps[0] if gaps else math.nan), math.inf
+    half = T_95[min(len(gaps), 10)] * stdev(gaps) / len(gaps) ** 0.5
+    return mean(gaps), max(half, 1 / ours[both[0]]["scenes"])
 
 
 def verdict(table: Table, arm: str, first: str, results: dict[str, dict]) -> str:
     """Does the paper's order of this arm and the first hold here?"""
     gap, half = difference(results[arm], results[first], table.ours)
-    text = f"{gap:+.3f} +- {half:.3f}  " if half < float("inf") else f"{gap:+.3f}, one seed  "
+    text = (f"{gap:+.3f} +- {half:.3f}  " if math.isfinite(half) else
+            "no seed in common  " if math.isnan(gap) else f"{gap:+.3f}, one seed  ")
+    shows = abs(gap) > half  # which no NaN does
     task = "t2i" if table.ours in ("t2i_exact", "object_inpainted") else "i2t"
     if not (has_learnt(results[arm], task) and has_learnt(results[first], task)):
         return text + "cannot be told: not learnt"
     if table.rows[arm] is None or table.rows[first] is None:
-        return text + ("differs" if abs(gap) > half else "cannot be told")
+        return text + ("differs" if shows else "cannot be told")
     is_better_there = (table.rows[arm] > table.rows[first]) != table.is_less_better
-    return text + ("cannot be told" if abs(gap) <= half else
+    return text + ("cannot be told" if not shows else
                    "the paper's order holds" if (gap > 0) == is_better_there else "the paper's order does not hold")
 
 
 def tables(pool: Path) -> str:
-    """All comparisons of which at least two arms have been measured. Intervals are over seeds."""
-    results, text = {arm: results_of(pool, arm) for arm in ARMS}, []
+    """All comparisons of which at least two arms have been measured."""
+    results, text = {arm: results_of(pool, arm) for arm in ARMS}, [
+        "Exact accuracies on unseen scenes, the same for all. +- is half a 95% interval of the difference, paired by "
+        "seed\n(Student's t): it says how much seeds vary, not how much other scenes would. Of twenty orders claimed, "
+        "expect one\nto be chance."]
     for table in TABLES:
         rows = [arm for arm in table.rows if any(table.ours in r for r in results[arm].values())]
         if len(rows) < 2:

@@ -198,7 +198,11 @@ def load_generator(path: str | Path, device: str = "auto", bpe_file: str | Path 
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, then MPS, then the CPU. Raises ValueError for a device that is not there."""
+    """auto: CUDA, then MPS, then the CPU. Raises ValueError for a device that is not there.
+
+    On CUDA convolutions are set to full float32: in TF32, PyTorch's default, an image's nearest codes may be others.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.split(":")[0] not in ("cpu", "cuda", "mps"):

@@ -25,11 +25,11 @@ class Finite:
     """Is an update's gradient norm finite? It counts those that are not, which changed nothing, and raises a ValueError
     at the third in a row: what is saved is from before, unless a save came in between, and is as good."""
 
-    def __init__(self, run: Path):
-        self.run, self.lost, self.in_a_row = run, 0, 0
+    def __init__(self, run: Path, lost: int = 0, in_a_row: int = 0):
+        self.run, self.lost, self.in_a_row = run, lost, in_a_row
 
-    def __call__(self, norm: torch.Tensor, step: int) -> bool:
-        if bool(norm.isfinite()):
+    def __call__(self, norm: float, step: int) -> bool:
+        if math.isfinite(norm):
             self.in_a_row = 0
             return True
         self.lost, self.in_a_row = self.lost + 1, self.in_a_row + 1
@@ -47,6 +47,9 @@ class Interrupt:
     """Within `with Interrupt() as stop`, the first Ctrl-C, SIGTERM or SIGUSR1 (by which schedulers warn) is a flag,
     stop.came, to be looked at after each update; a second one ends at once."""
 
+    def __init__(self, speaks: bool = True):
+        self.speaks = speaks
+
     def __enter__(self):
         self.came = False
         self.before = {number: signal.signal(number, self)
@@ -57,7 +60,8 @@ class Interrupt:
         if self.came:
             sys.exit(128 + number)
         self.came = True
-        tqdm.write("stopping after this update, and saving ...")
+        if self.speaks:
+            tqdm.write("stopping after this update, and saving ...")
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -95,4 +99,6 @@ class Log:
         self.file = open(path, "a", buffering=1)
 
     def write(self, **record) -> None:
-        self.file.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+        numbers = {name: round(value, 5) if math.isfinite(value) else None  # JSON has no NaN
+                   for name, value in record.items() if isinstance(value, float)}
+        self.file.write(json.dumps(record | numbers) + "\n")

@@ -22,7 +22,7 @@ Cache = list[tuple[Tensor, Tensor]]  # keys and values (B, H, L, D/H) of each bl
 
 
 class Attention(nn.Module):
-    """Multi-head attention over everything that is real, but for BOT's row: softmax(Q K^T / sqrt(head size)) V."""
+    """Multi-head attention over all that may be looked at, less in BOT's row: softmax(Q K^T / sqrt(head size)) V."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -30,28 +30,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
         self.proj = nn.Linear(cfg.width, cfg.width)
 
-    def forward(self, x: Tensor, is_valid: Tensor, where: Layout, places: Tensor | None = None,
+    def forward(self, x: Tensor, may_attend: Tensor, where: Layout, at: Tensor | None = None,
                 kept: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x (B, L, D), is_valid (B, L) bool -> (B, L, D).
+        """x (B, L, D), may_attend (B, 1, 1 or L, keys) bool -> (B, L, D).
 
-        If causal, x may be a part of the sequence, its `places`: what was read before is then in `kept`, keys and
-        values (B, H, L, D/H), which gain x's.
+        If causal, x may be a part of the sequence, the places `at`: what was read before is then in `kept`, keys and
+        values (B, H, L, D/H) of a whole sequence, which gain x's.
         """
         b, l, d = x.shape
         q, k, v = self.qkv(x).view(b, l, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, L, D/H) each
         dropout = self.dropout if self.training else 0.0
-        if self.is_causal:
-            everywhere = torch.arange(is_valid.shape[1], device=x.device)
-            places = everywhere if places is None else places
-            of_keys = places
-            if kept is not None:  # always whole, room for what comes later included: one shape for every step
-                k, v = kept[0].index_copy_(2, places, k), kept[1].index_copy_(2, places, v)
-                of_keys = everywhere
-            may_attend = is_valid[:, None, None, of_keys] & (of_keys <= places[:, None])         # (B, 1, L, keys)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, dropout_p=dropout)
-            return self.proj(y.transpose(1, 2).reshape(b, l, d))                                 # (B, L, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=is_valid[:, None, None, :], dropout_p=dropout)
-        if not where.bot_sees_all:
+        if kept is not None:  # all of it is looked at, room for what comes later included: one shape for every step
+            k, v = kept[0].index_copy_(2, at, k), kept[1].index_copy_(2, at, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, dropout_p=dropout)
+        if not (self.is_causal or where.bot_sees_all):
             # One row of L sees less than the others. A (B, L, L) mask for its sake would cost L times the memory,
             # so BOT's row is computed again over what stands up to BOT, where there is no padding, and put in place.
             seen = slice(0, where.bot + 1)
@@ -72,9 +64,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(cfg.width, 4 * cfg.width), nn.GELU(), nn.Linear(4 * cfg.width, cfg.width))
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, is_valid: Tensor, where: Layout, places: Tensor | None = None,
+    def forward(self, x: Tensor, may_attend: Tensor, where: Layout, at: Tensor | None = None,
                 kept: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), is_valid, where, places, kept))
+        x = x + self.dropout(self.attention(self.norm1(x), may_attend, where, at, kept))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -109,19 +101,25 @@ class MAGVLT(nn.Module):
     def device(self) -> torch.device:
         return self.output_bias.device
 
-    def forward(self, seq: Sequence, places: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, seq: Sequence, at: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """The states after the last block: (B, L, D). There is no LayerNorm after it.
 
-        If causal, some places (L',) may be read alone, in order; what is before them must be in the cache.
+        If causal, the places `at` (L',) may be read alone, in order; what is before them must be in the cache.
         """
-        part = slice(None) if places is None else places
+        part = slice(None) if at is None else at
         x = self.tokens(seq.token_ids[:, part]) + self.places(seq.place_ids[part])                 # (B, L, D)
         x = x + seq.is_masked[:, part, None] * self.places(seq.masked_ids[part])                   # (B, L, D)
         if self.segments is not None:  # L-Verse's [REF] and [GEN]: before BOG, and from there on
             half = torch.arange(seq.token_ids.shape[1], device=x.device) >= seq.layout.bog
             x = x + self.segments(half[part].long())
+        may_attend = seq.is_valid[:, None, None, :]                                                # (B, 1, 1, L)
+        if self.cfg.model == "argvlt":
+            everywhere = torch.arange(seq.is_valid.shape[1], device=x.device)
+            of_queries = everywhere if at is None else at
+            of_keys = everywhere if cache else of_queries
+            may_attend = may_attend[..., of_keys] & (of_keys <= of_queries[:, None])               # (B, 1, L, keys)
         for i, block in enumerate(self.blocks):
-            x = block(x, seq.is_valid, seq.layout, places, cache[i] if cache else None)
+            x = block(x, may_attend, seq.layout, at, cache[i] if cache else None)
         return x
 
     def new_cache(self, batch: int, length: int) -> Cache:

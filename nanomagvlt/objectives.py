@@ -78,7 +78,9 @@ def loss_terms(model, task: str, batch: Batch, uniform: Uniform,
         # block on it can read off how many text places there are, which is the answer. Decoding does not know it
         # yet. So here the text is what it is there: a fixed number of masked places.
         seq_length = sequence.build_for_length(cfg, batch["image_tokens"], image_is_masked)
-        yield {"length": length_loss(model, model(seq_length), seq_length, lengths, counts.get("length"))}
+        with bfloat16_if_wanted(cfg, seq_length):
+            states = model(seq_length)
+        yield {"length": length_loss(model, states, seq_length, lengths, counts.get("length"))}
     if cfg.unroll_mask and task != "it2it":
         yield {"unroll": unroll_mask(model, task, batch, image_is_masked, text_is_masked, guessed, uniform,
                                      counts.get("unroll"), run)}
@@ -136,13 +138,15 @@ def drop_captions(batch: Batch, uniform: Uniform, cfg) -> Batch:
 
 def one_pass(model, task: str, seq: sequence.Sequence, targets: Batch,
              counts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Reads a sequence and scores it: loss, logits as score() gives them, and states (B, L, D).
-
-    With cfg.precision "bf16" matrices are multiplied in bfloat16; weights, residuals and the loss stay float32.
-    """
-    with torch.autocast(seq.token_ids.device.type, torch.bfloat16, enabled=model.cfg.precision == "bf16"):
+    """Reads a sequence and scores it: loss, logits as score() gives them, and states (B, L, D)."""
+    with bfloat16_if_wanted(model.cfg, seq):
         states = model(seq)                                                                          # (B, L, D)
         return *score(model, task, states, seq, targets, counts), states
+
+
+def bfloat16_if_wanted(cfg, seq: sequence.Sequence) -> torch.autocast:
+    """With cfg.precision "bf16" matrices are multiplied in bfloat16; weights, residuals and the loss stay float32."""
+    return torch.autocast(seq.token_ids.device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
 
 
 def score(model, task: str, states: Tensor, seq: sequence.Sequence, targets: Batch,

@@ -77,9 +77,13 @@ def of_many(text: str) -> tuple[int, int]:
 def share_of_work(part: tuple[int, int] | None, device: str) -> tuple[tuple[int, int] | None, str]:
     """Which share of a job without gradients is done here, and on what: the part asked for, or what torchrun says.
 
-    None is all of it. Such processes never speak to each other: what each has finished lies in files.
+    None is all of it. Such processes never speak to each other: what each has finished lies in files. Raises ValueError
+    where both are said.
     """
-    if not part and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if part:
+            raise ValueError("--part under torchrun: give one of them")
         part = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and torch.cuda.is_available() else device
+        if device == "cuda" or device == "auto" and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
     return part, device

@@ -101,13 +101,14 @@ def begin(name: str, captions: Path, images: Path, out: Path, generator: Generat
     if inception and min(len(items), len(photos)) <= inception.fc.in_features:
         raise ValueError(f"{len(items):,} drawings and {len(photos):,} photographs are too few for FID, which wants "
                          f"more than {inception.fc.in_features:,} of each: leave --inception out")
-    claim(out, settings := {
+    settings = {
         "protocol": name, "captions": hashlib.sha256(captions.read_bytes()).hexdigest()[:16], "images": digest(photos),
         "split": split, "num": len(items), "candidates": candidates, "seed": seed,
         "weights": checkpoint.digest(torch.nn.ModuleList([generator.model, generator.vqgan])),
         "bpe": hashlib.sha256(generator.bpe.to_text().encode()).hexdigest()[:16],
         "clip": judge and checkpoint.digest(judge.model), "inception": inception and checkpoint.digest(inception),
-        **{key: value for key, value in asdict(generator.cfg).items() if key.startswith(DECODING)}})
+        **{key: value for key, value in asdict(generator.cfg).items() if key.startswith(DECODING)}}
+    claim(out, settings)
     what = (f"{len(items):,} of {among:,} {'captions' if protocol.num else 'images'} of {captions.name}"
             f"{split and f', {split}'} ({len(photos):,} images)")
     return Run(name, what, photos, items, generator, judge, inception, candidates, seed, out, settings)

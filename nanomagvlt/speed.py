@@ -66,16 +66,16 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def medians(calls: list[Callable], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of each call: the median of `repeats` rounds in which they take turns, after one that does not count."""
+def medians(calls: list[Callable], device: torch.device, repeats: int, warm_up: int = 1) -> list[float]:
+    """Seconds of each call: the median of `repeats` rounds in which they take turns, after some that do not count."""
     times = [[] for _ in calls]
-    for i in range(repeats + 1):
+    for i in range(warm_up + repeats):
         for call, taken in zip(calls, times):
             wait(device)
             started = time.perf_counter()
             call()
             wait(device)
-            if i:
+            if i >= warm_up:
                 taken.append(time.perf_counter() - started)
     return [median(taken) for taken in times]
 
@@ -150,12 +150,14 @@ def compare(cfg: Config, vqgan, device: torch.device, dtype: torch.dtype, batche
         return [partial(masked_decoding, masked, task, image, text),
                 partial(causal_decoding, causal, task, image, text, cache, step), lambda: vqgan.decode(image)]
 
-    if compiled:
-        mode = "reduce-overhead" if device.type == "cuda" else "default"  # the former with CUDA graphs
-        step, masked.forward = (torch.compile(f, mode=mode) for f in (argvlt.next_token, masked.forward))
+    forward, mode = masked.forward, "reduce-overhead" if device.type == "cuda" else "default"  # with CUDA graphs
     for task, k, tokens in (("t2i", cfg.image_steps, cfg.image_tokens), ("i2t", cfg.text_steps, caption)):
         for batch in batches:
-            magvlt, arg, pictures = medians(calls(task, batch), device, repeats)
+            if compiled:  # anew for every shape, so that none is compiled for a shape that may vary
+                torch._dynamo.reset()
+                step, masked.forward = (torch.compile(function, mode=mode, fullgraph=True, dynamic=False)
+                                        for function in (argvlt.next_token, forward))
+            magvlt, arg, pictures = medians(calls(task, batch), device, repeats, 3 if compiled else 1)
             report(Comparison(task, batch, k, tokens, magvlt, arg, pictures if task == "t2i" else 0.0,
                               *(batch * number for number in operations_of(cfg, task, length, caption)),
                               bytes_fetched(causal, task, batch, length, tokens)))

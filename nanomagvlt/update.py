@@ -7,7 +7,7 @@ whole batch. So one, two or four processes do the same update.
 
 B is the whole batch, b a part of it.
 """
-import time
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -53,7 +53,7 @@ class Parts:
         """[(which rows of the batch, its tensors)], as make_batch() gives them."""
         coming: Future = self.coming.pop(step, None) or self.thread.submit(self.make, step)
         self.coming = {step + 1: self.thread.submit(self.make, step + 1)}
-        self.num_text = max(batch["text_tokens"].shape[1] for _, batch in coming.result())  # T of this update
+        self.num_texts = [batch["text_tokens"].shape[1] for _, batch in coming.result()]  # T of each, for the meter
         return [(part, {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()})
                 for part, batch in coming.result()]
 
@@ -61,12 +61,15 @@ class Parts:
         cfg, size = self.cfg, self.cfg.micro_batch or self.cfg.batch_size
         rows = rows_of_step(step, cfg.batch_size, len(self.cache), cfg.seed)                         # (B,)
         parts = [slice(i, i + size) for i in range(0, cfg.batch_size, size)][parallel.rank()::parallel.world()]
-        return [(part, make_batch(self.cache, self.bpe, rows[part], cfg, cfg.bpe_dropout,
-                                  (cfg.seed, "bpe dropout", step, part.start))) for part in parts]
+        batches = [make_batch(self.cache, self.bpe, rows[part], cfg, cfg.bpe_dropout,
+                              (cfg.seed, "bpe dropout", step, part.start)) for part in parts]
+        if self.device.type == "cuda":  # from pinned memory they are copied while the GPU works
+            batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
+        return list(zip(parts, batches))
 
 
 def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, parts: Parts, one_pass,
-                 step: int) -> tuple[str, dict[str, torch.Tensor], torch.Tensor]:
+                 step: int) -> tuple[str, dict[str, torch.Tensor], float]:
     """One update of one task, which is drawn here: the task, its loss terms, and the gradient's norm.
 
     one_pass is the method's, or compiled. Where the norm is not finite nothing is changed: all processes agree, since
@@ -92,8 +95,8 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, p
             for name, term in of_a_pass.items():
                 terms[name] = terms.get(name, 0.0) + term.detach()
     parallel.add_up([p.grad for p in model.parameters() if p.grad is not None] + list(terms.values()))
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-    if torch.isfinite(norm):
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()  # the one wait for the device
+    if math.isfinite(norm):
         optimizer.step()
     return task, terms, norm
 
@@ -130,24 +133,23 @@ class Meter:
     def __init__(self, cfg: Config, device: torch.device):
         self.cfg, self.device, self.recent = cfg, device, {}
         self.matrix_rate = matrix_rate(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
-        self.begin()
+        self.operations, self.pairs, self.seconds = 0, 0, 0.0
 
-    def begin(self) -> None:
-        self.operations, self.pairs, self.started = 0, 0, time.monotonic()
-
-    def count(self, task: str, num_text: int) -> None:
-        """One update, of all processes."""
-        self.operations += self.cfg.batch_size * operations_of_update(self.cfg, task, num_text)
+    def count(self, task: str, num_texts: list[int], seconds: float) -> None:
+        """One update: the parts of this process, and how long it took."""
+        size = self.cfg.micro_batch or self.cfg.batch_size
+        self.operations += size * sum(operations_of_update(self.cfg, task, num_text) for num_text in num_texts)
         self.pairs += self.cfg.batch_size
+        self.seconds += seconds
 
     def read(self, task: str, values: dict[str, float]) -> str:
-        """Since the last reading; operations are those of one process."""
-        seconds = max(1e-9, time.monotonic() - self.started)
-        rate = self.operations / seconds / parallel.world()
+        """Since the last reading; samples of all processes, operations of this one."""
+        seconds = max(1e-9, self.seconds)
+        rate = self.operations / seconds
         self.recent[task] = f"{task} " + " ".join(f"{value:.3f}" for value in values.values())
         text = (f"{', '.join(sorted(self.recent.values()))}, {self.pairs / seconds:.0f} samples/s, "
                 f"{rate / 1e12:.3g} TFLOP/s, {rate / self.matrix_rate:.0%} of what matrices reach here")
         if self.device.type == "cuda":
             text += f", {torch.cuda.max_memory_allocated(self.device) / 2 ** 30:.1f} GiB"
-        self.begin()
+        self.operations, self.pairs, self.seconds = 0, 0, 0.0
         return text

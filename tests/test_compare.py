@@ -138,7 +138,7 @@ def test_an_arm_that_comes_later_is_measured_beside_the_yardstick(tmp_path, monk
 
 def results(*values: float, learnt: bool = True) -> dict[int, dict]:
     return {seed: {"t2i_exact": {"value": value, "low": value - 0.05 if learnt else 0.0},
-                   "t2i_exact_ignoring": {"high": 0.02}} for seed, value in enumerate(values)}
+                   "t2i_exact_ignoring": {"high": 0.02}, "scenes": 184} for seed, value in enumerate(values)}
 
 
 @pytest.mark.parametrize("full, other, said", [
@@ -146,6 +146,8 @@ def results(*values: float, learnt: bool = True) -> dict[int, dict]:
     (results(0.7, 0.73, 0.71), results(0.8, 0.82, 0.81), "the paper's order does not hold"),
     (results(0.8, 0.6, 0.7), results(0.7, 0.7, 0.65), "cannot be told"),
     (results(0.8), results(0.1), "one seed  cannot be told"),
+    ({1: results(0.8)[0]}, results(0.1), "no seed in common  cannot be told"),
+    (results(0.803, 0.803), results(0.8, 0.8), "cannot be told"),
     (results(0.8, 0.82, 0.81), results(0.01, 0.02, 0.01, learnt=False), "cannot be told: not learnt"),
 ])
 def test_an_order_is_claimed_only_where_it_shows(full, other, said):

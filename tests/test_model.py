@@ -54,8 +54,8 @@ def test_attention_equals_the_written_out_softmax(task, cfg, model, batch):
     seq = build(task, cfg, batch)
     x = torch.randn(*seq.token_ids.shape, cfg.width)
     attention = model.blocks[0].attention
-    assert torch.allclose(attention(x, seq.is_valid, seq.layout), written_out(attention, x, seq.is_valid, seq.layout),
-                          atol=1e-5)
+    assert torch.allclose(attention(x, seq.is_valid[:, None, None], seq.layout),
+                          written_out(attention, x, seq.is_valid, seq.layout), atol=1e-5)
 
 
 @pytest.mark.parametrize("task", sequence.TASKS)
@@ -82,13 +82,15 @@ def test_bot_does_not_look_ahead_in_any_layer(task, cfg, model, batch):
     ahead[:, seq.layout.bot + 1:] = torch.randn_like(ahead[:, seq.layout.bot + 1:])
     before = x.clone()
     before[:, seq.layout.bot - 1] += 1
+    valid, where = seq.is_valid[:, None, None], seq.layout
     for block in model.blocks:
-        bot = block.attention(x, seq.is_valid, seq.layout)[:, seq.layout.bot]
-        assert torch.equal(bot, block.attention(ahead, seq.is_valid, seq.layout)[:, seq.layout.bot])
-        assert not torch.allclose(bot, block.attention(before, seq.is_valid, seq.layout)[:, seq.layout.bot])
+        bot = block.attention(x, valid, where)[:, where.bot]
+        assert torch.equal(bot, block.attention(ahead, valid, where)[:, where.bot])
+        assert not torch.allclose(bot, block.attention(before, valid, where)[:, where.bot])
     # In t2i, where the text is given, BOT sees it.
     seq = build("t2i", cfg, batch)
-    a, b = (model.blocks[0].attention(y, seq.is_valid, seq.layout)[:, seq.layout.bot] for y in (x, ahead))
+    valid, where = seq.is_valid[:, None, None], seq.layout
+    a, b = (model.blocks[0].attention(y, valid, where)[:, where.bot] for y in (x, ahead))
     assert not torch.allclose(a, b)
 
 

@@ -66,8 +66,11 @@ def test_twenty_kills_lose_nothing_before_the_last_save(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_when_told_and_go_on_as_if_they_had_not(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_two_processes_stop_when_told_and_go_on_as_if_they_had_not(number, tmp_path, monkeypatch):
+    """torchrun passes SIGTERM on by itself, and SIGUSR1 where it is told to."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGUSR1")
     port = 29_000 + os.getpid() % 500
 
     def command(name: str) -> list[str]:
@@ -83,10 +86,37 @@ def test_two_processes_stop_when_told_and_go_on_as_if_they_had_not(tmp_path, mon
     while steps() < 5:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(60) != 0
     assert 5 <= checkpoint.load("runs/told/last.pt", "magvlt")["step"] < 300
     for name in ("told", "straight"):
         assert start(command(name)).wait(300) == 0
     told, straight = content(Path("runs/told")), content(Path("runs/straight"))
     assert [name for name in straight if not equal(straight[name], told[name])] == [] and set(told) == set(straight)
+
+
+POOL = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import eval
+from nanomagvlt import compare
+from test_compare import SMALL_SETTINGS
+compare.COMMON, compare.SHORT = SMALL_SETTINGS | {{"save-every": 1000}}, (2, 6)
+eval.main(["table", "--minutes", "60", "--seeds", "1", "--arms", "plain,no-mixsel", "--workers", "2"])
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_pool_lets_all_of_its_runs_save(tmp_path, monkeypatch):
+    """Ctrl-C goes to the whole process group, as in a terminal."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pool.py").write_text(POOL.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    process = subprocess.Popen([sys.executable, "pool.py"], start_new_session=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    runs = [Path("runs/pool") / name for name in ("plain-0", "no-mixsel-0")]
+    while not all((run / "log.jsonl").exists() and len((run / "log.jsonl").read_text()) > 200 for run in runs):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130 and "the same command goes on from there" in process.stderr.read()
+    assert all(checkpoint.load(run / "last.pt", "magvlt")["step"] > 0 for run in runs)

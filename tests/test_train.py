@@ -264,6 +264,18 @@ def test_updates_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_r
     run()
     log = [json.loads(line) for line in Path("runs/micro/log.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in log if "task" in line] == [0, 0, 1, 1, 1, 1]
+    straight_log = log
+
+    def with_ctrl_c(*args):
+        if args[-1] == 4:
+            signal.raise_signal(signal.SIGINT)
+        return counting(*args)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "update_model", with_ctrl_c)
+        run("--name", "resumed")
+    run("--name", "resumed")
+    log = [json.loads(line) for line in Path("runs/resumed/log.jsonl").read_text().splitlines()]
+    assert [line | {"seconds": 0} for line in log] == [line | {"seconds": 0} for line in straight_log]
     bad |= {3, 4, 5}
     with pytest.raises(SystemExit):
         run("--name", "bad")
@@ -279,4 +291,12 @@ def test_a_dry_run_says_what_it_costs_and_does_nothing(tmp_path, monkeypatch, ca
     out = capsys.readouterr().out
     assert "parameters   371,533,056" in out and "7.67 PFLOP an update of 4,096 pairs" in out
     assert not list(tmp_path.iterdir())
-    assert budget.activation_bytes(preset("micro"), "t2i", 4) - budget.activation_bytes(preset("micro"), "t2i", 3) > 0
+
+
+def test_memory_grows_with_pairs_and_blocks():
+    """In bfloat16 a block keeps twenty times (L, D) of a pair, and no (H, L, L), which would be two and a half more."""
+    kept = {(layers, pairs): budget.activation_bytes(preset("base", layers=layers), "t2i", pairs)
+            for layers, pairs in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))}
+    a_pair = kept[1, 2] - kept[1, 1]
+    assert kept[1, 4] - kept[1, 2] == 2 * a_pair > 0
+    assert 19 < (kept[2, 2] - kept[2, 1] - a_pair) / (324 * 1024 * 2) < 21

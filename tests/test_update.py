@@ -21,7 +21,8 @@ from nanomagvlt.model import MAGVLT
 ROOT = Path(__file__).parents[1]
 EVERYTHING = dict(image_size=32, codebook_size=12, layers=1, width=16, heads=2, bpe_merges=0, bpe_dropout=0.1,
                   text_length=40, text_bucket=40, batch_size=8, micro_batch=2, unroll_mask=True, mixsel="select",
-                  label_smoothing=0.1, task_weights=(1.0, 1.0, 1.0), length_pass="main", lr=1e-3, warmup=1)
+                  label_smoothing=0.1, dropout=0.1, condition_dropout=0.1,
+                  task_weights=(1.0, 1.0, 1.0), length_pass="main", lr=1e-3, warmup=1)
 
 
 class Cache:
@@ -53,7 +54,8 @@ def trained(steps: int, one_pass=None, **changes) -> tuple[MAGVLT, list]:
 
 def test_parts_give_the_gradient_of_the_whole():
     """Without MixSel, whose partners are found in the part."""
-    (whole, terms), (parts, of_parts) = (trained(6, micro_batch=n, mixsel="off", bpe_dropout=0.0) for n in (0, 2))
+    (whole, terms), (parts, of_parts) = (trained(6, micro_batch=n, mixsel="off", dropout=0.0, bpe_dropout=0.0)
+                                         for n in (0, 2))
     assert gradients_agree(gradients(whole), gradients(parts))
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for a, b in zip(terms, of_parts) for name in a)
 
@@ -68,12 +70,11 @@ def gradients_agree(a: dict, b: dict) -> bool:
 
 
 def shared(folder: Path) -> None:
-    """What each process of the next test does: the same updates, and the first saves what comes out."""
+    """What each process of the next test does: the same updates; and it saves what comes out."""
     from nanomagvlt import parallel
     parallel.begin(torch.device("cpu"))
     model, terms = trained(6)
-    if parallel.rank() == 0:
-        torch.save([gradients(model), terms], folder / f"{parallel.world()}.pt")
+    torch.save([gradients(model), terms], folder / f"{parallel.rank()}.pt")
     if os.environ.get("BREAK"):  # a NaN in one process: no weight of any may change
         before, cfg = copy.deepcopy(model.state_dict()), model.cfg
         if parallel.rank() == 1:
@@ -81,7 +82,7 @@ def shared(folder: Path) -> None:
             objectives.total_loss = lambda *args: original(*args) * float("nan")
         _, _, norm = update.update_model(model, optimizer_for(model, cfg, 1.0), cfg,
                                          update.Parts(cfg, Cache(), BPE([]), model.device), objectives.one_pass, 7)
-        assert not norm.isfinite() and all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+        assert norm != norm and all(torch.equal(before[n], p) for n, p in model.state_dict().items())
         (folder / f"unchanged-{parallel.rank()}").touch()
     parallel.end()
 
@@ -95,28 +96,29 @@ def test_one_two_and_four_processes_do_the_same(processes, tmp_path):
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
                     str(29_500 + processes + os.getpid() % 1000), str(tmp_path / "go.py")], env=env, check=True,
                    capture_output=True, timeout=300)
-    found, terms = torch.load(tmp_path / f"{processes}.pt", weights_only=True)
     model, expected = trained(6)
-    assert gradients_agree(found, gradients(model))
-    assert all(torch.allclose(a[name], b[name], atol=1e-5) for a, b in zip(expected, terms) for name in a)
+    for rank in range(processes):
+        found, terms = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert gradients_agree(found, gradients(model))
+        assert all(torch.allclose(a[name], b[name], atol=1e-5) for a, b in zip(expected, terms) for name in a)
     assert len(list(tmp_path.glob("unchanged-*"))) == processes
 
 
 def test_a_whole_run_is_a_handful_of_graphs():
-    """Two hundred updates of all tasks: no break in any pass, six graphs at most, none after the fiftieth update."""
+    """Two hundred updates of all tasks, in two parts: no break in any pass, six graphs at most, none after the fiftieth
+    update. Compiled as train.py does it."""
     torch._dynamo.reset()
     counter, seen = CompileCounter(), []
-    compiled = torch.compile(objectives.one_pass, backend=counter, fullgraph=True, dynamic=False)
+    compiled = torch.compile(objectives.one_pass, backend=counter, fullgraph=True)
 
     def one_pass(*args):
         result = compiled(*args)
         seen.append(counter.frame_count)
         return result
-    model, terms = trained(200, one_pass, micro_batch=0)
-    passes_before_50 = sum(3 - ("unroll" not in of_a_step) for of_a_step in terms[:50])
-    assert seen[passes_before_50 - 1] == seen[-1] <= 6 and len(seen) == sum(
-        3 - ("unroll" not in of_a_step) for of_a_step in terms)
-    expected, _ = trained(200, micro_batch=0)
+    model, terms = trained(200, one_pass, micro_batch=4)
+    passes = [2 * (3 - ("unroll" not in of_a_step)) for of_a_step in terms]
+    assert seen[sum(passes[:50]) - 1] == seen[-1] <= 6 and len(seen) == sum(passes)
+    expected, _ = trained(200, micro_batch=4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
 
 
@@ -127,7 +129,7 @@ PLAIN = dict(unroll_mask=False, mixsel="off")
                                      {**PLAIN, "model": "argvlt", "task_weights": (1.0, 1.0, 0.0)}])
 def test_operations_of_an_update_are_those_that_pytorch_counts(changes):
     """Nearly: the length's head and BOT's row are not counted. At the paper's width they are a hundredth of that."""
-    settings = {**EVERYTHING, "micro_batch": 0, "width": 64, "layers": 2, **changes}
+    settings = {**EVERYTHING, "micro_batch": 0, "width": 64, "layers": 2, "dropout": 0.0, **changes}
     cfg = preset("tiny", **settings)
     for step in range(3):
         model = MAGVLT(cfg)
@@ -135,7 +137,7 @@ def test_operations_of_an_update_are_those_that_pytorch_counts(changes):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             task, _, _ = update.update_model(model, optimizer_for(model, cfg, 1e-3), cfg, parts,
                                              update.method_of(cfg).one_pass, step)
-        ours = cfg.batch_size * update.operations_of_update(cfg, task, parts.num_text)
+        ours = cfg.batch_size * update.operations_of_update(cfg, task, parts.num_texts[0])
         assert counter.get_total_flops() == pytest.approx(ours, rel=0.02), task
 
 
