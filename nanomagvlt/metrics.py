@@ -154,6 +154,16 @@ def evaluate_editing(generator, level: shapes.Level, num_scenes: int, phrasings:
                      edit.centre_words(lengths, cfg.text_length))}
 
 
+def evaluate_pairs(generator, level: shapes.Level, count: int, seed: int = 0) -> Share:
+    """Images and captions made together from nothing: how often is the caption right about the image, and the image
+    clean? Raises ValueError for a model that was not trained in it2it."""
+    image_tokens, text_tokens, lengths, _ = generator.make_pairs(count, keyed_generator(seed, "pairs"))
+    readings = shapes.read_images(generator.tokens_to_image(image_tokens), level)
+    texts = generator.read_texts(text_tokens, lengths)
+    return share_over_scenes([shapes.judge(shapes.parse(text), reading.scene).exact and reading.is_clean
+                              for text, reading in zip(texts, readings)], 1)
+
+
 def evaluate_bias(generator, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0) -> dict:
     """The paper's figure 4 with exact counts: where nothing is as usual, is it said what is there, or what is usual?
 

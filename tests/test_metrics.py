@@ -7,7 +7,7 @@ import torch
 from nanomagvlt import shapes
 from nanomagvlt.bpe import BPE
 from nanomagvlt.config import preset
-from nanomagvlt.metrics import (as_json, evaluate_bias, evaluate_editing, evaluate_scenes, scene_table,
+from nanomagvlt.metrics import (as_json, evaluate_bias, evaluate_editing, evaluate_pairs, evaluate_scenes, scene_table,
                                 share_over_scenes, unseen_scenes, wilson)
 
 TINY = shapes.get_level("tiny")
@@ -105,22 +105,29 @@ class Edits:
         return tokens if self.knows else tokens.roll(2, 0), []
 
     def write_tokens(self, image_tokens, generator, text, lengths, gaps):
+        self.text, self.lengths = text, lengths
         return text if self.knows else text.masked_fill(gaps, text[0, 0]), lengths, []
 
-    def make_pairs(self, count, generator, image, text):
+    def make_pairs(self, count, generator, image=None, text=None):
+        if image is None:  # captions of the images that were asked for or, by who knows nothing, of the next ones
+            tokens = torch.arange(count)[:, None].repeat(1, 16)
+            return tokens if self.knows else tokens.roll(2, 0), self.text, self.lengths, []
         return image[0].roll(2, 0), text[0].masked_fill(text[2], 0), text[1], []
 
-    def read_texts(self, text_tokens, lengths, cut):
+    def read_texts(self, text_tokens, lengths, cut=True):
         return [self.bpe.decode([i for i in row[:n] if i != self.bpe.end])
                 for row, n in zip(text_tokens.tolist(), lengths.tolist())]
 
 
 def test_editing_is_judged_whole():
     level = shapes.get_level("micro")
-    right, wrong = (evaluate_editing(Edits(knows), level, 10) for knows in (True, False))
+    editors = Edits(True), Edits(False)
+    right, wrong = (evaluate_editing(editor, level, 10) for editor in editors)
     for name in ("object_inpainted", "object_infilled", "centre_inpainted", "centre_infilled"):
         assert right[name].value == 1 and wrong[name].value < 0.3, name
         assert right[f"{name}_without"].value < 0.3
+    agree = [evaluate_pairs(editor, level, 2 * right["scenes"]).value for editor in editors]
+    assert agree[0] == 1 and agree[1] < 0.3
 
 
 class Habit(Knows):
