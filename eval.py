@@ -50,12 +50,12 @@ def edit(args) -> None:
     whole = metrics.evaluate_scenes(generator, level, args.num_scenes, args.phrasings, args.seed)
     results |= {"t2i": whole["t2i_exact"], "i2t": whole["i2t_exact"]}
     if generator.cfg.task_weights[2]:
-        results["pairs_agree"] = metrics.evaluate_pairs(generator, level, results["scenes"] * args.phrasings, args.seed)
+        results |= metrics.evaluate_pairs(generator, level, results["scenes"] * args.phrasings, args.seed)
     print(f"{results['scenes']} unseen scenes, {results['phrasings']} phrasings each; exact, 95% intervals over scenes")
     for name, what in (("object_inpainted", "an object inpainted"), ("centre_inpainted", "the centre inpainted"),
                        ("t2i", "all drawn (T2I)"), ("object_infilled", "a noun phrase infilled"),
                        ("centre_infilled", "the middle words infilled"), ("i2t", "all written (I2T)"),
-                       ("pairs_agree", "made together, in agreement")):
+                       ("pairs_agree", "made together, in agreement"), ("pairs_crowded", "  of several objects")):
         if name not in results:  # of a model that was not trained in it2it
             continue
         print(f"{what:28}{results[name]}")  # "without": the other half is then made together with it (it2it)

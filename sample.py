@@ -151,6 +151,8 @@ def decoding_settings(args) -> dict:
     given = {name: value for name, value in given.items() if value is not None}
     modalities = ("image", "text") if args.together else ("image",) if args.prompt is not None else ("text",)
     settings = {f"{modality}_{name}": value for name, value in given.items() for modality in modalities}
+    if args.together and args.order:
+        settings["pair_text_order"] = args.order
     if args.temperature is not None and (args.together or args.prompt is not None):
         settings["image_temperature"] = (args.temperature, args.temperature)
     if args.temperature is not None and args.prompt is None:

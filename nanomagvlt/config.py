@@ -107,6 +107,7 @@ class Config:
     text_top_k: int = 32                     # sample among this many likeliest tokens; 0: among all
     text_order: str = "halton"               # as image_order; P gumbel
     text_schedule: str = "linear"            # as image_schedule; P linear
+    pair_text_order: str = "gumbel"          # as text_order, where image and text are made together
     argvlt_temperature: float = 1.0          # of an ARGVLT's tokens
     length_places: int = 1                   # text places visible, all masked, when the length is predicted; P 16
     # Housekeeping
@@ -204,7 +205,8 @@ AT_LEAST_ONE = ("pairs image_size text_length text_bucket codebook_size codebook
 CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"),
            "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
            "length_pass": ("own", "main"), "precision": ("fp32", "bf16"), "position_start": ("normal", "waves"),
-           "image_order": ORDERS, "text_order": ORDERS, "image_schedule": SCHEDULES, "text_schedule": SCHEDULES}
+           "image_order": ORDERS, "text_order": ORDERS, "pair_text_order": ORDERS,
+           "image_schedule": SCHEDULES, "text_schedule": SCHEDULES}
 
 PRESETS = {
     "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=1000, steps=2000,

@@ -146,7 +146,9 @@ class Generator:
             to_fill = real_places(lengths, cfg.text_length)
             text = torch.zeros_like(to_fill, dtype=torch.long), lengths, to_fill
         steps = max(1, min(cfg.text_steps, int(image[1].sum(1).min())))  # one K for both
-        recipes = [dataclasses.replace(r, steps=steps) for r in (decode.image_recipe(cfg), decode.text_recipe(cfg))]
+        # A text whose length changes on the way wants an order of its own: one by place ends with the wrong places.
+        recipes = [dataclasses.replace(decode.image_recipe(cfg), steps=steps),
+                   dataclasses.replace(decode.text_recipe(cfg), steps=steps, order=cfg.pair_text_order)]
         for i in range(0, count, self.batch_size):
             image_tokens, holes, words, lengths, gaps = (x[i:i + self.batch_size].to(self.device)
                                                          for x in (*image, *text))

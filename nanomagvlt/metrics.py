@@ -154,14 +154,19 @@ def evaluate_editing(generator, level: shapes.Level, num_scenes: int, phrasings:
                      edit.centre_words(lengths, cfg.text_length))}
 
 
-def evaluate_pairs(generator, level: shapes.Level, count: int, seed: int = 0) -> Share:
-    """Images and captions made together from nothing: how often is the caption right about the image, and the image
-    clean? Raises ValueError for a model that was not trained in it2it."""
+def evaluate_pairs(generator, level: shapes.Level, count: int, seed: int = 0) -> dict[str, Share]:
+    """Images and captions made together from nothing. {name: Share}
+
+    "pairs_agree": the caption is right about the image, and the image clean; "pairs_crowded": the image has more than
+    one object, as most scenes have: who always makes the same simple pair agrees with himself.
+    Raises ValueError for a model that was not trained in it2it.
+    """
     image_tokens, text_tokens, lengths, _ = generator.make_pairs(count, keyed_generator(seed, "pairs"))
     readings = shapes.read_images(generator.tokens_to_image(image_tokens), level)
     texts = generator.read_texts(text_tokens, lengths)
-    return share_over_scenes([shapes.judge(shapes.parse(text), reading.scene).exact and reading.is_clean
-                              for text, reading in zip(texts, readings)], 1)
+    agree = [shapes.judge(shapes.parse(text), r.scene).exact and r.is_clean for text, r in zip(texts, readings)]
+    return {"pairs_agree": share_over_scenes(agree, 1),
+            "pairs_crowded": share_over_scenes([len(r.scene.things) > 1 for r in readings], 1)}
 
 
 def evaluate_bias(generator, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0) -> dict:

@@ -126,7 +126,7 @@ def test_editing_is_judged_whole():
     for name in ("object_inpainted", "object_infilled", "centre_inpainted", "centre_infilled"):
         assert right[name].value == 1 and wrong[name].value < 0.3, name
         assert right[f"{name}_without"].value < 0.3
-    agree = [evaluate_pairs(editor, level, 2 * right["scenes"]).value for editor in editors]
+    agree = [evaluate_pairs(editor, level, 2 * right["scenes"])["pairs_agree"].value for editor in editors]
     assert agree[0] == 1 and agree[1] < 0.3
 
 
