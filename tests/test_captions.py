@@ -140,7 +140,17 @@ def test_without_java_one_line_says_so(monkeypatch):
         java_metrics(RESULTS, {1: ["a dog"]})
 
 
-def test_what_java_gives_and_what_it_cannot(monkeypatch, tmp_path):
+@pytest.fixture
+def without_pycocoevalcap(monkeypatch):
+    """Neither the real one, before, nor the one of the test, after."""
+    for name in [name for name in sys.modules if name.startswith("pycocoevalcap")]:
+        monkeypatch.delitem(sys.modules, name)
+    yield
+    for name in [name for name in sys.modules if name.startswith("pycocoevalcap")]:
+        del sys.modules[name]
+
+
+def test_what_java_gives_and_what_it_cannot(without_pycocoevalcap, monkeypatch, tmp_path):
     """A package of that name that stands in for the real one: one metric works, the other fails."""
     for name in ("meteor", "spice"):
         path = tmp_path / "pycocoevalcap" / name / f"{name}.py"
@@ -154,8 +164,6 @@ class Spice:
     def compute_score(self, references, results):
         raise OSError("no models\\nat all")
 """)
-    for name in [name for name in sys.modules if name.startswith("pycocoevalcap")]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(captions.shutil, "which", lambda name: "/usr/bin/java")
     scores, line = java_metrics(RESULTS, REFERENCES)

@@ -74,8 +74,8 @@ def test_two_processes_stop_when_told_and_go_on_as_if_they_had_not(number, tmp_p
 
     def command(name: str) -> list[str]:
         return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port),
-                "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", str(ROOT / "train.py"), *SMALL, "--steps", "150", "--micro-batch", "2", "--save-every", "1000",
-                "--name", name]
+                "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", str(ROOT / "train.py"), *SMALL, "--steps", "150",
+                "--micro-batch", "2", "--save-every", "1000", "--name", name]
 
     def steps() -> int:
         log = Path("runs/told/log.jsonl")
