@@ -29,7 +29,7 @@ from nanomagvlt.budget import budget
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, Parser, add_config_flags, config_from_args
 from nanomagvlt.data import TokenCache, keyed_generator, make_batch, rows_of_step, write_cache, write_json
 from nanomagvlt.generate import Generator, contact_sheet, pick_device
-from nanomagvlt.loop import BAR, Finite, Interrupt, Log, Stopped, optimizer_for
+from nanomagvlt.loop import BAR, Clock, Finite, Interrupt, Log, Stopped, optimizer_for
 from nanomagvlt.model import MAGVLT, num_parameters
 from nanomagvlt.readers import DataError, keyed_seed, left_out, read_pairs
 from nanomagvlt.sequence import TASKS
@@ -106,40 +106,38 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
     model, bpe, device, is_first = generator.model, generator.bpe, generator.device, parallel.rank() == 0
     generator.model = averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = optimizer_for(model, cfg, cfg.lr)
-    step, best, seconds, lost = resume(run, model, averaged, optimizer)  # seconds: in updates alone
+    step, best, clock, is_finite = resume(run, model, averaged, optimizer)
     say(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, "
         f"{cfg.steps:,} updates of {cfg.batch_size}" + (f", going on at step {step:,}" if step else ""))
 
     def save(name):
-        checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, seconds=seconds, model=averaged.state_dict(),
-                        bpe=bpe.to_text(), vqgan=generator.vqgan.state_dict(), trained=model.state_dict(),
-                        optimizer=optimizer.state_dict(), lost=[is_finite.lost, is_finite.in_a_row])
+        checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, model=averaged.state_dict(), bpe=bpe.to_text(),
+                        vqgan=generator.vqgan.state_dict(), trained=model.state_dict(),
+                        optimizer=optimizer.state_dict(), lost=[is_finite.lost, is_finite.in_a_row], **clock.read())
 
     one_pass = method_of(cfg).one_pass
     one_pass = torch.compile(one_pass, fullgraph=True) if cfg.compile else one_pass
-    parts, meter, is_finite = Parts(cfg, caches["train"], bpe, device), Meter(cfg, device), Finite(run, *lost)
+    parts, meter = Parts(cfg, caches["train"], bpe, device), Meter(cfg, device)
     log, before = Log(run / "log.jsonl" if is_first else Path(os.devnull), step), reference_losses(cfg)
     with Interrupt(is_first) as stop, tqdm(total=cfg.steps, initial=step, desc="model", unit="step",
                                            disable=not is_first, **BAR) as bar:
         while step < cfg.steps:
-            started = time.perf_counter()
-            task, terms, norm = update_model(model, optimizer, cfg, parts, one_pass, step)
-            step += 1
-            if is_finite(norm, step):  # else nothing was changed
-                average(averaged, model, min(cfg.ema, step / (step + 10)))
-            took = time.perf_counter() - started
-            seconds += took
-            meter.count(task, parts.num_texts, took)
+            with clock:  # of updates alone
+                task, terms, norm = update_model(model, optimizer, cfg, parts, one_pass, step)
+                step += 1
+                if is_finite(norm, step):  # else nothing was changed
+                    average(averaged, model, min(cfg.ema, step / (step + 10)))
+            meter.count(task, parts.num_texts, clock.last)
             bar.update()
             if step % cfg.log_every == 0:
                 values = {name: term.item() for name, term in terms.items()}
-                log.write(step=step, seconds=seconds, task=task, lr=optimizer.param_groups[0]["lr"], norm=norm,
+                log.write(step=step, **clock.read(), task=task, lr=optimizer.param_groups[0]["lr"], norm=norm,
                           skipped=is_finite.lost, **values)
                 bar.set_postfix_str(meter.read(task, values), refresh=False)
             is_last = step == cfg.steps
             if (step % cfg.eval_every == 0 or is_last) and "val" in caches and is_first:
                 losses = validate(averaged, cfg, caches["val"], bpe)
-                log.write(step=step, seconds=seconds, **{f"val_{name}": value for name, value in losses.items()})
+                log.write(step=step, **clock.read(), **{f"val_{name}": value for name, value in losses.items()})
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
                 tqdm.write(f"step {step:,}: validation {shown}" + before.get(step, ""))
                 if losses[method_of(cfg).MAIN] < best:
@@ -154,16 +152,17 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
                 raise Stopped(f"{run / 'last.pt'} at step {step:,}")
 
 
-def resume(run: Path, model: MAGVLT, averaged: MAGVLT, optimizer: torch.optim.Optimizer) -> tuple:
-    """Takes everything up from last.pt, if there is one: its step, the best validation loss, seconds of training, and
-    how many updates were not finite, in all and at the end."""
+def resume(run: Path, model: MAGVLT, averaged: MAGVLT,
+           optimizer: torch.optim.Optimizer) -> tuple[int, float, Clock, Finite]:
+    """Takes everything up from last.pt, if there is one: its step, the best validation loss, the time that updates
+    took, and who counts those that are not finite."""
     if not (run / "last.pt").exists():
-        return 0, math.inf, 0.0, (0, 0)
+        return 0, math.inf, Clock(), Finite(run)
     state = checkpoint.load(run / "last.pt", "magvlt")
     model.load_state_dict(state["trained"])
     averaged.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["best"], state["seconds"], state["lost"]
+    return state["step"], state["best"], Clock(state["seconds"], state["cpu_seconds"]), Finite(run, *state["lost"])
 
 
 def reference_losses(cfg: Config) -> dict[int, str]:

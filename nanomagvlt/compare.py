@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
+import torch
+
 from nanomagvlt.data import write_json
 
 ROOT = Path(__file__).parents[1]
@@ -162,10 +164,11 @@ def plan(pool: Path, arms: list[str], minutes: float, workers: int, lock) -> tup
     failed = work([Job(folder.name, train(folder, of_an_arm(pool, arm, 0, short) | often), folder / "scenes.json",
                        world(pool, arm, 0) / "bpe.txt")
                    for folder, arm in arm_of.items()], workers, lock)
-    cost = {}  # the quicker of two, since what else goes on on the machine can only slow one down
+    # Processor time, on a CPU: what else goes on there makes a run wait, but does not count. And the quicker of two.
+    cost, timed = {}, "seconds" if torch.cuda.is_available() else "cpu_seconds"
     for folder, arm in arm_of.items():
         if (folder / "scenes.json").exists():
-            clock = {line["step"]: line["seconds"] for line in read_log(folder / "log.jsonl")}
+            clock = {line["step"]: line[timed] for line in read_log(folder / "log.jsonl")}
             cost[arm] = min(1000 * (clock[short] - clock[warm]) / (short - warm), cost.get(arm, math.inf))
             shutil.rmtree(folder)
     if YARDSTICK in cost:
@@ -343,6 +346,6 @@ def cost_table(pool: Path) -> list[str]:
     if not (pool / "plan.json").exists():
         return []
     kept = json.loads((pool / "plan.json").read_text())
-    text = ["", f"Updates in {kept['minutes']:g} minutes, and milliseconds an update when that was measured"]
+    text = ["", f"Updates in {kept['minutes']:g} minutes, and milliseconds an update, as measured for that"]
     return text + [f"{arm:18}{kept['updates'][arm]:<8}{kept['milliseconds'][arm]}" for arm in ARMS
                    if arm in kept["updates"]]

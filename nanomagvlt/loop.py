@@ -7,6 +7,7 @@ import json
 import math
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +17,24 @@ from nanomagvlt.config import Config
 
 # For tqdm: in a file, where nobody watches, a line every half minute is enough.
 BAR = {"mininterval": 0.1 if sys.stderr.isatty() else 30}
+
+
+class Clock:
+    """`with clock:` adds up the time that passes, and the processor time that this process takes of it."""
+
+    def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0):
+        self.seconds, self.cpu_seconds, self.last = seconds, cpu_seconds, 0.0  # last: of the last time alone
+
+    def __enter__(self):
+        self.began = time.perf_counter(), time.process_time()
+
+    def __exit__(self, *error):
+        self.last = time.perf_counter() - self.began[0]
+        self.seconds += self.last
+        self.cpu_seconds += time.process_time() - self.began[1]
+
+    def read(self) -> dict[str, float]:
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
 
 
 LOST_AT_MOST = 3  # updates in a row whose gradient is not finite

@@ -127,7 +127,7 @@ def test_an_arm_that_comes_later_is_measured_beside_the_yardstick(tmp_path, monk
             cost = milliseconds[arm] * (3 if again == "0" else 1)  # with a busy neighbour
             job.done.parent.mkdir()
             job.done.touch()
-            lines = [{"step": step, "seconds": step * cost / 1000} for step in compare.SHORT]
+            lines = [{"step": step, "cpu_seconds": step * cost / 1000} for step in compare.SHORT]
             job.done.with_name("log.jsonl").write_text("\n".join(map(json.dumps, lines)))
         return []
     monkeypatch.setattr(compare, "work", work)
