@@ -215,9 +215,9 @@ PRESETS = {
     # Between tiny and base: real pictures on one modest GPU, or on a patient CPU. Give it --data.
     "small": dict(data="", image_size=64, text_length=48, text_bucket=8, bpe_merges=2000, bpe_dropout=0.1,
                   codebook_size=512, codebook_dim=64, vq_channels=32, vq_latent=128, vq_groups=8, vq_patchwise=False,
-                  vq_steps=4000, vq_start=500, layers=8, width=384, heads=6, dropout=0.1, init_std=0.04,
-                  task_weights=(2.0, 1.0, 1.0), unroll_mask=True, mixsel="select", label_smoothing=0.1, steps=20_000,
-                  batch_size=64, lr=5e-4, warmup=500, image_steps=16, image_temperature=(1.0, 0.5),
+                  vq_steps=4000, vq_start=500, layers=6, width=256, heads=4, dropout=0.1, init_std=0.06,
+                  task_weights=(2.0, 1.0, 1.0), unroll_mask=True, mixsel="select", label_smoothing=0.1, steps=10_000,
+                  batch_size=32, lr=5e-4, warmup=500, image_steps=16, image_temperature=(1.0, 0.5),
                   image_noise=(1.0, 0.1)),
     "base": dict(data="", image_size=256, text_length=64, text_bucket=64, bpe_merges=48_894, clean_captions=True,
                  bpe_dropout=0.1, codebook_size=16_384, codebook_dim=256, vq_channels=128,
