@@ -95,7 +95,8 @@ def test_two_processes_stop_when_told_and_go_on_as_if_they_had_not(number, tmp_p
 
 
 POOL = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background would not hear it
 sys.path[:0] = [{root!r}, {tests!r}]
 import eval
 from nanomagvlt import compare
