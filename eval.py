@@ -65,22 +65,25 @@ def edit(args) -> None:
 
 
 def sweep(args) -> None:
-    """Exact accuracy of drawings and captions against decoding steps, for every order, and then for every schedule."""
+    """Exact accuracy against decoding steps, for every order, schedule and, if the model knows the empty prompt,
+    guidance."""
     generator, level = small_world(args)
     steps = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= generator.cfg.image_tokens]
-    variants = [("order", order) for order in ORDERS] + [("schedule", schedule) for schedule in SCHEDULES]
+    variants = [(kind, name, {f"{modality}_{kind}": name for modality in ("image", "text")}, TASKS[:2])
+                for kind, names in (("order", ORDERS), ("schedule", SCHEDULES)) for name in names]
+    if generator.cfg.condition_dropout:
+        variants += [("guidance", w, {"guidance": w}, TASKS[:1]) for w in (1.0, 1.5, 2.0, 3.0, 5.0)]
     table = []
     print(f"{'':22}{'':8}" + "".join(f"K = {k:<11}" for k in steps) + "\n" + 30 * " " + "exact, half of a 95% interval")
-    for kind, name in variants:
+    for kind, name, settings, tasks in variants:
         rows = []
         for k in steps:
-            chosen = generator.with_settings(image_steps=k, text_steps=k,
-                                             **{f"{modality}_{kind}": name for modality in ("image", "text")})
+            chosen = generator.with_settings(image_steps=k, text_steps=k, **settings)
             rows.append(metrics.evaluate_scenes(chosen, level, args.num_scenes, args.phrasings, args.seed))
-            table.append({kind: name, "steps": k, **metrics.as_json({t: rows[-1][f"{t}_exact"] for t in TASKS[:2]})})
-        for task in TASKS[:2]:
+            table.append({kind: name, "steps": k, **metrics.as_json({t: rows[-1][f"{t}_exact"] for t in tasks})})
+        for task in tasks:
             shares = [row[f"{task}_exact"] for row in rows]
-            print(f"{kind} {name:{21 - len(kind)}}{task:8}"
+            print(f"{kind} {name:<{21 - len(kind)}}{task:8}"
                   + "".join(f"{s.value:.3f} +-{(s.high - s.low) / 2:<6.2f}" for s in shares))
     save(args, table)
 

@@ -246,7 +246,14 @@ def test_eval_edit_and_sweep(tmp_path, capsys):
                  "i2t"):
         assert f"{results[name]['value']:.3f} [" in out
     eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--out", "sweep.json"])
-    assert len(json.loads(Path("sweep.json").read_text())) == 7 * 5 and "order halton" in capsys.readouterr().out
+    rows, out = json.loads(Path("sweep.json").read_text()), capsys.readouterr().out
+    assert len(rows) == 7 * 5 and "order halton" in out and "guidance" not in out
+    guided = untrained(tmp_path / "guided.pt", condition_dropout=0.1)
+    eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--checkpoint", str(guided), "--out", "sweep.json"])
+    rows, out = json.loads(Path("sweep.json").read_text()), capsys.readouterr().out
+    assert len(rows) == 12 * 5 and "guidance 1.5          t2i" in out
+    assert [row["t2i"] for row in rows if row.get("guidance") == 1] == [  # 1 is none: as the default order, gumbel
+        row["t2i"] for row in rows if row.get("order") == "gumbel"]
 
 
 def test_prepare_then_train_on_it(trained, capsys):
