@@ -27,8 +27,8 @@ from nanomagvlt import speed as timing
 from nanomagvlt.bpe import BPE, BYTE_TO_SYMBOL, CLIP_WORDS, to_symbols
 from nanomagvlt.clip import load_judge
 from nanomagvlt.config import PRESETS, Parser, nearest, preset
-from nanomagvlt.data import write_json
-from nanomagvlt.generate import Generator, load_generator, pick_device
+from nanomagvlt.files import write_json
+from nanomagvlt.generate import Pipeline, load_pipeline, pick_device
 from nanomagvlt.inception import load_inception
 from nanomagvlt.masking import ORDERS, SCHEDULES
 from nanomagvlt.sequence import TASKS
@@ -37,20 +37,20 @@ from nanomagvlt.vqgan import VQGAN
 
 def scenes(args) -> None:
     """T2I and I2T exact, single facts, length, and reconstruction (T2I's ceiling), each with its 95% interval."""
-    generator, level = small_world(args)
-    results = metrics.evaluate_scenes(generator, level, args.num_scenes, args.phrasings, args.seed)
+    pipeline, level = small_world(args)
+    results = metrics.evaluate_scenes(pipeline, level, args.num_scenes, args.phrasings, args.seed)
     print(metrics.scene_table(results))
     save(args, metrics.as_json(results))
 
 
 def edit(args) -> None:
     """Inpainting and infilling, beside the same without the other modality, and beside T2I and I2T."""
-    generator, level = small_world(args)
-    results = metrics.evaluate_editing(generator, level, args.num_scenes, args.phrasings, args.seed)
-    whole = metrics.evaluate_scenes(generator, level, args.num_scenes, args.phrasings, args.seed)
+    pipeline, level = small_world(args)
+    results = metrics.evaluate_editing(pipeline, level, args.num_scenes, args.phrasings, args.seed)
+    whole = metrics.evaluate_scenes(pipeline, level, args.num_scenes, args.phrasings, args.seed)
     results |= {"t2i": whole["t2i_exact"], "i2t": whole["i2t_exact"]}
-    if generator.cfg.task_weights[2]:
-        results |= metrics.evaluate_pairs(generator, level, results["scenes"] * args.phrasings, args.seed)
+    if pipeline.cfg.task_weights[2]:
+        results |= metrics.evaluate_pairs(pipeline, level, results["scenes"] * args.phrasings, args.seed)
     print(f"{results['scenes']} unseen scenes, {results['phrasings']} phrasings each; exact, 95% intervals over scenes")
     for name, what in (("object_inpainted", "an object inpainted"), ("centre_inpainted", "the centre inpainted"),
                        ("t2i", "all drawn (T2I)"), ("object_infilled", "a noun phrase infilled"),
@@ -67,18 +67,18 @@ def edit(args) -> None:
 def sweep(args) -> None:
     """Exact accuracy against decoding steps, for every order, schedule and, if the model knows the empty prompt,
     guidance."""
-    generator, level = small_world(args)
-    steps = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= generator.cfg.image_tokens]
+    pipeline, level = small_world(args)
+    steps = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= pipeline.cfg.image_tokens]
     variants = [(kind, name, {f"{modality}_{kind}": name for modality in ("image", "text")}, TASKS[:2])
                 for kind, names in (("order", ORDERS), ("schedule", SCHEDULES)) for name in names]
-    if generator.cfg.condition_dropout:
+    if pipeline.cfg.condition_dropout:
         variants += [("guidance", w, {"guidance": w}, TASKS[:1]) for w in (1.0, 1.5, 2.0, 3.0, 5.0)]
     table = []
     print(f"{'':22}{'':8}" + "".join(f"K = {k:<11}" for k in steps) + "\n" + 30 * " " + "exact, half of a 95% interval")
     for kind, name, settings, tasks in variants:
         rows = []
         for k in steps:
-            chosen = generator.with_settings(image_steps=k, text_steps=k, **settings)
+            chosen = pipeline.with_settings(image_steps=k, text_steps=k, **settings)
             rows.append(metrics.evaluate_scenes(chosen, level, args.num_scenes, args.phrasings, args.seed))
             table.append({kind: name, "steps": k, **metrics.as_json({t: rows[-1][f"{t}_exact"] for t in tasks})})
         for task in tasks:
@@ -90,10 +90,10 @@ def sweep(args) -> None:
 
 def bias(args) -> None:
     """What a model trained in a world with habits says and draws of things that are not as usual (figure 4)."""
-    generator, level = small_world(args)
+    pipeline, level = small_world(args)
     if not level.bias:
         raise ValueError(f"shapes:{level.name} has no habits: bias wants a model trained on shapes:tiny-biased, say")
-    results = metrics.evaluate_bias(generator, level, args.num_scenes, args.phrasings, args.seed)
+    results = metrics.evaluate_bias(pipeline, level, args.num_scenes, args.phrasings, args.seed)
     print(f"{results['scenes']} unseen scenes in which nothing has its usual colour, {results['phrasings']} phrasings "
           "each; share of the objects, 95% intervals over scenes")
     for name, what in (("i2t_seen", "the caption says what is there"), ("i2t_usual", "the caption says what is usual"),
@@ -134,17 +134,17 @@ def coco(args) -> None:
     if missing := [name for name in ("protocol", "captions", "images", "out") if getattr(args, name) is None]:
         raise ValueError(f"coco wants --{missing[0]}; see --help")
     part, device = parallel.share_of_work(args.part, args.device)
-    generator = load_generator(args.checkpoint or checkpoint.newest(), device, args.bpe)
-    if args.steps and generator.cfg.model == "argvlt":
+    pipeline = load_pipeline(args.checkpoint or checkpoint.newest(), device, args.bpe)
+    if args.steps and pipeline.cfg.model == "argvlt":
         raise ValueError("--steps: an ARGVLT makes one token after the other")
     draws = protocols.PROTOCOLS[args.protocol].draws
     settings = {"image_steps" if draws else "text_steps": args.steps, "argvlt_temperature": args.temperature,
                 "image_temperature" if draws else "text_temperature":
                     (args.temperature,) * 2 if draws and args.temperature is not None else args.temperature}
-    generator = generator.with_settings(**{name: value for name, value in settings.items() if value is not None})
-    judge = load_judge(args.clip, args.bpe, generator.device) if args.clip else None
-    inception = load_inception(args.inception).to(generator.device) if args.inception else None
-    run = protocols.begin(args.protocol, args.captions, args.images, args.out, generator, judge, inception,
+    pipeline = pipeline.with_settings(**{name: value for name, value in settings.items() if value is not None})
+    judge = load_judge(args.clip, args.bpe, pipeline.device) if args.clip else None
+    inception = load_inception(args.inception).to(pipeline.device) if args.inception else None
+    run = protocols.begin(args.protocol, args.captions, args.images, args.out, pipeline, judge, inception,
                           args.num, args.candidates, args.seed, args.split)
     run.work(part)
     if part:
@@ -154,16 +154,16 @@ def coco(args) -> None:
         protocols.report(run, run.score())
 
 
-def small_world(args) -> tuple[Generator, shapes.Level]:
+def small_world(args) -> tuple[Pipeline, shapes.Level]:
     """The checkpoint and the world it was trained in. Raises ValueError where right and wrong cannot be told."""
     path = args.checkpoint or checkpoint.newest()
-    generator = load_generator(path, args.device)
-    source = generator.cfg.data
-    if not source.startswith("shapes:"):
+    pipeline = load_pipeline(path, args.device)
+    source = pipeline.cfg.data
+    if not (level := shapes.level_of(source)):
         raise ValueError(f"{path} was trained on {source}, where right and wrong cannot be told exactly: "
                          f"{args.what} wants shapes")
-    print(f"{path} on {generator.device}: {source}")
-    return generator, shapes.get_level(source.removeprefix("shapes:"))
+    print(f"{path} on {pipeline.device}: {source}")
+    return pipeline, level
 
 
 def save(args, results) -> None:

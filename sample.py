@@ -22,9 +22,10 @@ from PIL import Image
 
 from nanomagvlt import checkpoint, clip, decode, edit, published, shapes, watch
 from nanomagvlt.bpe import clean_written
+from nanomagvlt.chance import keyed_generator
 from nanomagvlt.config import Parser
-from nanomagvlt.data import encode_captions, keyed_generator
-from nanomagvlt.generate import Generator, contact_sheet, load_generator
+from nanomagvlt.data import encode_captions
+from nanomagvlt.generate import Pipeline, contact_sheet, load_pipeline
 from nanomagvlt.masking import ORDERS, SCHEDULES
 from nanomagvlt.readers import BadSample, open_image, square
 
@@ -128,21 +129,21 @@ def sample(args) -> None:
     path = args.checkpoint or checkpoint.newest()
     if not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
-    generator = load_generator(path, args.device, args.bpe, args.heads, args.sha256)
-    if generator.cfg.model == "argvlt" and (args.together or args.trace or args.attention or args.order
+    pipeline = load_pipeline(path, args.device, args.bpe, args.heads, args.sha256)
+    if pipeline.cfg.model == "argvlt" and (args.together or args.trace or args.attention or args.order
                                             or args.schedule or args.steps):
         raise ValueError(f"{path} is an ARGVLT, which makes one token after the other: it has no --steps, --order, "
                          "--schedule, --trace, --attention or --together")
-    generator = generator.with_settings(**decoding_settings(args))
-    chooser = read_chooser(args, generator)
-    chance = keyed_generator("sample", args.seed)
-    print(f"{path} on {generator.device}")
+    pipeline = pipeline.with_settings(**decoding_settings(args))
+    chooser = read_chooser(args, pipeline)
+    generator = keyed_generator("sample", args.seed)
+    print(f"{path} on {pipeline.device}")
     if args.together:
-        make_pairs(args, generator, chance)
+        make_pairs(args, pipeline, generator)
     elif args.prompt is not None:
-        make_pictures(args, generator, chance, chooser)
+        make_pictures(args, pipeline, generator, chooser)
     else:
-        make_captions(args, generator, chance, chooser)
+        make_captions(args, pipeline, generator, chooser)
 
 
 def decoding_settings(args) -> dict:
@@ -162,15 +163,15 @@ def decoding_settings(args) -> dict:
     return settings if args.guidance is None else {**settings, "guidance": args.guidance}
 
 
-def read_chooser(args, generator: Generator):
+def read_chooser(args, pipeline: Pipeline):
     """The function that says how well each of several pictures (B, S, S, 3) and one text, or one picture and several
     texts, go together: (B,), higher is better. None if nobody chooses."""
-    if args.judge and not generator.cfg.data.startswith("shapes:"):
+    if args.judge and not pipeline.cfg.data.startswith("shapes:"):
         raise ValueError("--judge judges shapes only: give --clip FILE")
     if args.judge and args.prompt is not None and shapes.parse(args.prompt) is None:
         raise ValueError(f"--judge does not understand {args.prompt!r}: say it as the captions of shapes do")
     if args.judge:
-        level = shapes.get_level(generator.cfg.data.removeprefix("shapes:"))
+        level = shapes.get_level(pipeline.cfg.data.removeprefix("shapes:"))
 
         def judge(pictures: np.ndarray, texts: list[str]) -> np.ndarray:
             pairs = [(reading, shapes.judge(shapes.parse(text), reading.scene))
@@ -179,7 +180,7 @@ def read_chooser(args, generator: Generator):
                              for reading, v in pairs])
         return judge
     if args.clip:
-        judge = clip.load_judge(args.clip, args.bpe, generator.device)
+        judge = clip.load_judge(args.clip, args.bpe, pipeline.device)
         return lambda pictures, texts: judge.model.similarity(judge.look(pictures), judge.read(texts)).flatten().numpy()
 
 
@@ -212,26 +213,26 @@ def places_to_fill(args, count: int, grid: int, image: Image.Image) -> torch.Ten
     return places.expand(count, -1)
 
 
-def make_pictures(args, generator: Generator, chance: torch.Generator, chooser) -> None:
+def make_pictures(args, pipeline: Pipeline, generator: torch.Generator, chooser) -> None:
     """Draws the prompt or, in a given image, a part of it."""
-    cfg, count = generator.cfg, args.candidates or args.num_samples
-    prompt_tokens, prompt_length = encode_captions(generator.bpe, [args.prompt], cfg.text_length)
-    words = range(0) if args.attention is None else edit.word_places(generator.bpe, args.prompt, args.attention)
+    cfg, count = pipeline.cfg, args.candidates or args.num_samples
+    prompt_tokens, prompt_length = encode_captions(pipeline.bpe, [args.prompt], cfg.text_length)
+    words = range(0) if args.attention is None else edit.word_places(pipeline.bpe, args.prompt, args.attention)
     if words.stop > prompt_length:
         raise ValueError(f"--attention {args.attention}: only {cfg.text_length} tokens of the prompt are read")
-    if len(generator.bpe.encode(args.prompt)) > cfg.text_length:
+    if len(pipeline.bpe.encode(args.prompt)) > cfg.text_length:
         print(f"the prompt is longer than {cfg.text_length} tokens: only the first {cfg.text_length} are read")
     known, to_fill, original = None, None, None
     if args.image:
         picture = read_image(args.image)
         to_fill = places_to_fill(args, count, cfg.grid, picture)
         original = square(picture, cfg.image_size)
-        known = generator.image_to_tokens(np.stack([original])).expand(count, -1)
+        known = pipeline.image_to_tokens(np.stack([original])).expand(count, -1)
         print(f"{int(to_fill[0].sum())} of {cfg.image_tokens} tokens are made anew")
 
     started = time.monotonic()
-    image_tokens, trace = generator.draw_tokens([args.prompt] * count, chance, known, to_fill)
-    pictures = generator.tokens_to_image(image_tokens)
+    image_tokens, trace = pipeline.draw_tokens([args.prompt] * count, generator, known, to_fill)
+    pictures = pipeline.tokens_to_image(image_tokens)
     seconds = (time.monotonic() - started) / count
     if args.blend:
         pictures = edit.blend(original, pictures, to_fill)
@@ -242,11 +243,11 @@ def make_pictures(args, generator: Generator, chance: torch.Generator, chooser) 
         pictures, labels = pictures[best], [f"{scores[i]:.3f}" for i in best]
         print(f"the best {len(best)} of {count}: {', '.join(labels)}")
     sheets = {args.out: contact_sheet(pictures, labels) if len(pictures) > 1 else Image.fromarray(pictures[0])}
-    films = film_sheets(args, generator, trace) if args.trace else {}
+    films = film_sheets(args, pipeline, trace) if args.trace else {}
     if words:
-        steps = generator.tokens_to_image(torch.stack([step.tokens[0] for step in trace]))
-        tokens, length = prompt_tokens.to(generator.device), prompt_length.to(generator.device)
-        maps = watch.attention_maps(generator.model, trace, tokens, length, words)
+        steps = pipeline.tokens_to_image(torch.stack([step.tokens[0] for step in trace]))
+        tokens, length = prompt_tokens.to(pipeline.device), prompt_length.to(pipeline.device)
+        maps = watch.attention_maps(pipeline.model, trace, tokens, length, words)
         sheets[beside(args.out, "attention.png")] = watch.attention_sheet(steps, maps)
     save(sheets, films)
     print(f"{count} x {args.prompt!r} ({seconds:.2f} s a picture){f', the best {len(pictures)}' * bool(chooser)}")
@@ -257,9 +258,9 @@ def beside(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}-{name}")
 
 
-def film_sheets(args, generator: Generator, trace: list[decode.Step]) -> dict[Path, list[Image.Image]]:
+def film_sheets(args, pipeline: Pipeline, trace: list[decode.Step]) -> dict[Path, list[Image.Image]]:
     """The decoding of the first picture as a strip and as an animation, by file."""
-    painted = generator.tokens_to_image(torch.stack([step.tokens[0] for step in trace]))
+    painted = pipeline.tokens_to_image(torch.stack([step.tokens[0] for step in trace]))
     strip, frames = watch.film(painted, trace)
     return {beside(args.out, "steps.png"): [strip], beside(args.out, "steps.gif"): frames}
 
@@ -273,18 +274,18 @@ def save(sheets: dict[Path, Image.Image], films: dict[Path, list[Image.Image]]) 
     print("-> " + ", ".join(map(str, [*sheets, *films])))
 
 
-def make_captions(args, generator: Generator, chance: torch.Generator, chooser) -> None:
+def make_captions(args, pipeline: Pipeline, generator: torch.Generator, chooser) -> None:
     """Captions an image or, in a given text, fills in what is missing."""
-    count, cfg = args.candidates or args.num_samples, generator.cfg
+    count, cfg = args.candidates or args.num_samples, pipeline.cfg
     picture = np.stack([square(read_image(args.image), cfg.image_size)])                             # (1, S, S, 3)
     known = ()
     if args.text is not None:
-        text_tokens, length, to_fill = edit.read_masked_text(args.text, generator.bpe, cfg.text_length)
+        text_tokens, length, to_fill = edit.read_masked_text(args.text, pipeline.bpe, cfg.text_length)
         known = text_tokens.expand(count, -1), length.expand(count), to_fill.expand(count, -1)
     started = time.monotonic()
-    text_tokens, lengths, trace = generator.write_tokens(generator.image_to_tokens(picture).expand(count, -1), chance,
+    text_tokens, lengths, trace = pipeline.write_tokens(pipeline.image_to_tokens(picture).expand(count, -1), generator,
                                                          *known)
-    captions = generator.read_texts(text_tokens, lengths, cut=args.text is None)
+    captions = pipeline.read_texts(text_tokens, lengths, cut=args.text is None)
     seconds, chosen = (time.monotonic() - started) / count, ""
     if chooser:
         scores = chooser(picture, captions)
@@ -294,7 +295,7 @@ def make_captions(args, generator: Generator, chance: torch.Generator, chooser) 
     for caption in map(clean_written, captions) if args.clean else captions:
         print(printable(caption))
     if args.trace:
-        print("the first, step by step:\n" + printable(watch.text_table(generator.bpe, trace, int(lengths[0]))))
+        print("the first, step by step:\n" + printable(watch.text_table(pipeline.bpe, trace, int(lengths[0]))))
 
 
 def printable(text: str) -> str:
@@ -302,23 +303,23 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def make_pairs(args, generator: Generator, chance: torch.Generator) -> None:
+def make_pairs(args, pipeline: Pipeline, generator: torch.Generator) -> None:
     """Draws images and writes their captions at once, from nothing or from a part of each."""
-    cfg, count, known_image, known_text = generator.cfg, args.num_samples, None, None
+    cfg, count, known_image, known_text = pipeline.cfg, args.num_samples, None, None
     if args.image:
         picture = read_image(args.image)
-        tokens = generator.image_to_tokens(np.stack([square(picture, cfg.image_size)]))
+        tokens = pipeline.image_to_tokens(np.stack([square(picture, cfg.image_size)]))
         known_image = tokens.expand(count, -1), places_to_fill(args, count, cfg.grid, picture)
     if args.text is not None:
-        text_tokens, length, to_fill = edit.read_masked_text(args.text, generator.bpe, cfg.text_length)
+        text_tokens, length, to_fill = edit.read_masked_text(args.text, pipeline.bpe, cfg.text_length)
         known_text = text_tokens.expand(count, -1), length.expand(count), to_fill.expand(count, -1)
-    image_tokens, text_tokens, lengths, (image, text) = generator.make_pairs(count, chance, known_image, known_text)
-    captions = generator.read_texts(text_tokens, lengths, cut=args.text is None)
-    save({args.out: contact_sheet(generator.tokens_to_image(image_tokens), list(map(printable, captions)))},
-         film_sheets(args, generator, image.trace) if args.trace else {})
+    image_tokens, text_tokens, lengths, (image, text) = pipeline.make_pairs(count, generator, known_image, known_text)
+    captions = pipeline.read_texts(text_tokens, lengths, cut=args.text is None)
+    save({args.out: contact_sheet(pipeline.tokens_to_image(image_tokens), list(map(printable, captions)))},
+         film_sheets(args, pipeline, image.trace) if args.trace else {})
     print("\n".join(map(printable, captions)))
     if args.trace:
-        print("the first, step by step:\n" + printable(watch.text_table(generator.bpe, text.trace, int(lengths[0]))))
+        print("the first, step by step:\n" + printable(watch.text_table(pipeline.bpe, text.trace, int(lengths[0]))))
 
 
 if __name__ == "__main__":

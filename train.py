@@ -26,14 +26,16 @@ from tqdm import tqdm
 from nanomagvlt import checkpoint, metrics, parallel, shapes
 from nanomagvlt.bpe import BPE
 from nanomagvlt.budget import budget
+from nanomagvlt.chance import batch_uniform, keyed_generator, keyed_seed
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, Parser, add_config_flags, config_from_args
-from nanomagvlt.data import TokenCache, keyed_generator, make_batch, rows_of_step, write_cache, write_json
-from nanomagvlt.generate import Generator, contact_sheet, pick_device
+from nanomagvlt.data import TokenCache, make_batch, rows_of_step, write_cache
+from nanomagvlt.files import write_json
+from nanomagvlt.generate import Pipeline, contact_sheet, pick_device
 from nanomagvlt.loop import BAR, Clock, Finite, Interrupt, Log, Stopped, optimizer_for
 from nanomagvlt.model import MAGVLT, num_parameters
-from nanomagvlt.readers import DataError, keyed_seed, left_out, read_pairs
+from nanomagvlt.readers import DataError, left_out, read_pairs
 from nanomagvlt.sequence import TASKS
-from nanomagvlt.update import Meter, Parts, average, method_of, uniform, update_model
+from nanomagvlt.update import Meter, Parts, average, method_of, update_model
 from nanomagvlt.vqgan import VQGAN
 from nanomagvlt.vqtrain import train_vqgan
 
@@ -48,10 +50,15 @@ EXAMPLES = """examples:
 
 # ---------------------------------------------------------------------------------------------- stages
 
+def source_of(cfg: Config, split: str) -> str:
+    """Where the pairs to train or to validate on are from; "" if there are none. Shapes hold some of theirs back."""
+    return cfg.data if split == "train" or shapes.level_of(cfg.data) and not cfg.val_data else cfg.val_data
+
+
 def pairs_of(cfg: Config, split: str, counts: Counter):
     """The pairs to train or to validate on."""
-    source = cfg.data if split == "train" or cfg.data.startswith("shapes:") and not cfg.val_data else cfg.val_data
-    return read_pairs(source, cfg.image_size, counts, cfg.pairs if split == "train" else 1000, split, cfg.seed)
+    return read_pairs(source_of(cfg, split), cfg.image_size, counts, cfg.pairs if split == "train" else 1000, split,
+                      cfg.seed)
 
 
 def get_vqgan(cfg: Config, run: Path, device: torch.device) -> VQGAN:
@@ -63,7 +70,7 @@ def get_vqgan(cfg: Config, run: Path, device: torch.device) -> VQGAN:
     return train_vqgan(cfg, pairs_of(cfg, "train", Counter()), path, device)
 
 
-def make_caches(cfg: Config, run: Path, vqgan: VQGAN) -> dict[str, TokenCache]:
+def get_caches(cfg: Config, run: Path, vqgan: VQGAN) -> dict[str, TokenCache]:
     """The token caches of the training and, if there are any, the validation pairs."""
     caches, digest = {}, checkpoint.digest(vqgan)
     for split in ("train", "val"):
@@ -73,19 +80,21 @@ def make_caches(cfg: Config, run: Path, vqgan: VQGAN) -> dict[str, TokenCache]:
             print(f"cache: reusing {folder}, {len(caches[split]):,} pairs")
         elif cfg.cache and split == "train":
             raise DataError(f"{folder}: no token cache there; make it with data/prepare.py")
-        elif split == "train" or cfg.val_data or cfg.data.startswith("shapes:"):
+        elif source_of(cfg, split):
             counts = Counter()
             pairs = tqdm(pairs_of(cfg, split, counts), desc=f"cache {split}", unit="pair", **BAR)
-            caches[split] = write_cache(folder, pairs, vqgan, {"vqgan": digest, "source": cfg.data},
-                                        cfg.clean_captions)
+            caches[split] = write_cache(folder, pairs, vqgan, {"vqgan": digest, "source": source_of(cfg, split)}, cfg.clean_captions)
             print(f"cache: {len(caches[split]):,} pairs -> {folder}{left_out(counts)}")
         if split in caches and caches[split].meta["vqgan"] != digest:
             raise DataError(f"{folder} was made with another VQ-GAN: name the right one with --vqgan, or delete it")
+        if split in caches and caches[split].meta["clean_captions"] != cfg.clean_captions:
+            raise DataError(f"{folder} has captions {'as they are' if cfg.clean_captions else 'cleaned'}: give "
+                            f"--clean-captions {str(not cfg.clean_captions).lower()}, or make it again")
     return caches
 
 
-def train_bpe(cfg: Config, run: Path, cache: TokenCache) -> BPE:
-    """The merges: given, found, or trained on the captions (chapter 8)."""
+def get_bpe(cfg: Config, run: Path, cache: TokenCache) -> BPE:
+    """The text tokenizer: given, found, or trained on the captions (chapter 8)."""
     path = Path(cfg.bpe) if cfg.bpe else run / "bpe.txt"
     if cfg.bpe or path.exists():
         print(f"bpe: reusing {path}")
@@ -98,13 +107,13 @@ def train_bpe(cfg: Config, run: Path, cache: TokenCache) -> BPE:
 
 # ---------------------------------------------------------------------------------------------- the transformer
 
-def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator: Generator) -> None:
-    """The transformer, by eq. 6 (chapter 4). generator holds the untrained model and the two tokenizers.
+def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline: Pipeline) -> None:
+    """The transformer, by eq. 6 (chapter 4). pipeline holds the untrained model and the two tokenizers.
 
-    What is validated and sampled is a moving average of the weights, `averaged`; generator ends with it.
+    What is validated and sampled is a moving average of the weights, `averaged`; pipeline ends with it.
     """
-    model, bpe, device, is_first = generator.model, generator.bpe, generator.device, parallel.rank() == 0
-    generator.model = averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    model, bpe, device, is_first = pipeline.model, pipeline.bpe, pipeline.device, parallel.rank() == 0
+    pipeline.model = averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = optimizer_for(model, cfg, cfg.lr)
     step, best, clock, is_finite = resume(run, model, averaged, optimizer)
     say(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, "
@@ -112,8 +121,8 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
 
     def save(name):
         checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, model=averaged.state_dict(), bpe=bpe.to_text(),
-                        vqgan=generator.vqgan.state_dict(), trained=model.state_dict(),
-                        optimizer=optimizer.state_dict(), lost=[is_finite.lost, is_finite.in_a_row], **clock.read())
+                        vqgan=pipeline.vqgan.state_dict(), trained=model.state_dict(),
+                        optimizer=optimizer.state_dict(), skipped=[is_finite.skipped, is_finite.in_a_row], **clock.read())
 
     one_pass = method_of(cfg).one_pass
     one_pass = torch.compile(one_pass, fullgraph=True) if cfg.compile else one_pass
@@ -132,7 +141,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
             if step % cfg.log_every == 0:
                 values = {name: term.item() for name, term in terms.items()}
                 log.write(step=step, **clock.read(), task=task, lr=optimizer.param_groups[0]["lr"], norm=norm,
-                          skipped=is_finite.lost, **values)
+                          skipped=is_finite.skipped, **values)
                 bar.set_postfix_str(meter.read(task, values), refresh=False)
             is_last = step == cfg.steps
             if (step % cfg.eval_every == 0 or is_last) and "val" in caches and is_first:
@@ -144,7 +153,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], generator
                     best = losses[method_of(cfg).MAIN]
                     save("best.pt")
             if (step % cfg.sample_every == 0 or is_last) and is_first:
-                save_samples(generator, caches.get("val", caches["train"]), run / "samples" / f"{step:06d}.png")
+                save_samples(pipeline, caches.get("val", caches["train"]), run / "samples" / f"{step:06d}.png")
             stops = parallel.any_of(stop.came, device)
             if (step % cfg.save_every == 0 or is_last or stops) and is_first:
                 save("last.pt")
@@ -162,7 +171,7 @@ def resume(run: Path, model: MAGVLT, averaged: MAGVLT,
     model.load_state_dict(state["trained"])
     averaged.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["best"], Clock(state["seconds"], state["cpu_seconds"]), Finite(run, *state["lost"])
+    return state["step"], state["best"], Clock(state["seconds"], state["cpu_seconds"]), Finite(run, *state["skipped"])
 
 
 def reference_losses(cfg: Config) -> dict[int, str]:
@@ -181,17 +190,17 @@ def reference_losses(cfg: Config) -> dict[int, str]:
 @torch.no_grad()
 def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[str, float]:
     """Mean loss terms of each task on up to 512 unseen pairs, always the same with the same masks; the method's main
-    term, "mask", is also added up over the tasks, by their weights."""
+    term, "mask" or "generated", is also added up over the tasks, by their weights."""
     method, size = method_of(cfg), min(64, len(cache))
     sums, batches = defaultdict(float), min(8, len(cache) // size)
     for i in range(batches):
         rows = rows_of_step(i, size, len(cache), cfg.seed)
         batch = make_batch(cache, bpe, rows, cfg)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        numbers = partial(uniform, model.device, size, slice(size), cfg.seed, f"val {i}")
+        uniform = partial(batch_uniform, model.device, size, slice(size), cfg.seed, f"val {i}")
         for task, weight in zip(TASKS, cfg.task_weights):
             if weight:
-                passes = method.loss_terms(model, task, batch, numbers)
+                passes = method.loss_terms(model, task, batch, uniform)
                 for name, term in ((name, term) for terms in passes for name, term in terms.items()):
                     sums[task if name == method.MAIN else f"{task}_{name}"] += term.item() / batches
                     if name == method.MAIN:
@@ -199,14 +208,14 @@ def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[st
     return dict(sums)
 
 
-def save_samples(generator: Generator, cache: TokenCache, path: Path) -> None:
+def save_samples(pipeline: Pipeline, cache: TokenCache, path: Path) -> None:
     """A PNG: captions of unseen pairs with the pictures drawn for them, then their images with the captions written."""
     rows = np.arange(min(8, len(cache)))
-    captions, chance = cache.captions(rows), keyed_generator("samples")
-    drawn = generator.draw(captions, chance)
+    captions, generator = cache.captions(rows), keyed_generator("samples")
+    drawn = pipeline.draw(captions, generator)
     image_tokens = cache.image_tokens(rows)
-    written = generator.read_texts(*generator.write_tokens(image_tokens, chance)[:2])
-    images = np.concatenate([drawn, generator.tokens_to_image(image_tokens)])
+    written = pipeline.read_texts(*pipeline.write_tokens(image_tokens, generator)[:2])
+    images = np.concatenate([drawn, pipeline.tokens_to_image(image_tokens)])
     path.parent.mkdir(exist_ok=True)
     contact_sheet(images, [f"asked: {c}" for c in captions] + [f"wrote: {c}" for c in written], columns=8).save(path)
 
@@ -222,9 +231,8 @@ def with_tokenizers(cfg: Config, args) -> Config:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}, but {cfg.vqgan} has {value}: "
                                  "leave the flag out")
         cfg = dataclasses.replace(cfg, **fixed)
-    if cfg.bpe:
-        cfg = dataclasses.replace(cfg, text_vocab=BPE.load(cfg.bpe).vocab_size)
-    return cfg.check()
+    # Of merges that are still to be trained, the most there can be.
+    return dataclasses.replace(cfg, text_vocab=BPE.load(cfg.bpe).vocab_size if cfg.bpe else 0).check()
 
 
 def settle(cfg: Config, run: Path) -> None:
@@ -305,8 +313,8 @@ def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
         parallel.wait()
     with contextlib.redirect_stdout(None) if parallel.rank() > 0 else contextlib.nullcontext():
         vqgan = get_vqgan(cfg, run, device).eval().requires_grad_(False)
-        caches = make_caches(cfg, run, vqgan) if last != "vqgan" else {}
-        bpe = train_bpe(cfg, run, caches["train"]) if last not in ("vqgan", "cache") else None
+        caches = get_caches(cfg, run, vqgan) if last != "vqgan" else {}
+        bpe = get_bpe(cfg, run, caches["train"]) if last not in ("vqgan", "cache") else None
     if parallel.rank() == 0:
         parallel.wait()
     if last != "model":
@@ -314,15 +322,14 @@ def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
     cfg = dataclasses.replace(cfg, text_vocab=bpe.vocab_size)
     torch.set_float32_matmul_precision("high")  # on GPUs; not before: tokens are found in full precision
     torch.manual_seed(keyed_seed(cfg.seed, "weights"))
-    generator = Generator(MAGVLT(cfg).to(device), vqgan, bpe, cfg)
-    train_model(cfg, run, caches, generator)
+    pipeline = Pipeline(MAGVLT(cfg).to(device), vqgan, bpe, cfg)
+    train_model(cfg, run, caches, pipeline)
     if parallel.rank() > 0:
         return
     minutes = (time.monotonic() - started) / 60
     print(f"trained in {minutes:.1f} minutes -> {run / 'last.pt'}; samples in {run / 'samples'}/")
-    if cfg.data.startswith("shapes:"):
-        level = shapes.get_level(cfg.data.removeprefix("shapes:"))
-        results = metrics.evaluate_scenes(generator, level, cfg.eval_scenes)
+    if cfg.eval_scenes and (level := shapes.level_of(cfg.data)):
+        results = metrics.evaluate_scenes(pipeline, level, cfg.eval_scenes)
         print(metrics.scene_table(results))
         write_json(run / "scenes.json", metrics.as_json(results))
     print('now try: python sample.py --prompt "..."')

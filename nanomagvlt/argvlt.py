@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from nanomagvlt import sequence
-from nanomagvlt.masking import random_rows, sample
+from nanomagvlt.chance import random_rows
+from nanomagvlt.masking import sample
+from nanomagvlt.objectives import bfloat16_if_wanted, masked_cross_entropy
 
 MAIN = "generated"  # the term that validation adds up over the tasks
 
@@ -44,12 +46,13 @@ def one_pass(model, seq: sequence.Sequence, batch: dict[str, Tensor], num_text: 
              num_image: Tensor | None) -> tuple[Tensor, Tensor]:
     """The cross entropy of the image's tokens and of the text's, means over num_image and num_text of them, or over
     this batch's own."""
-    with torch.autocast(seq.token_ids.device.type, torch.bfloat16, enabled=model.cfg.precision == "bf16"):
+    smoothing, where = model.cfg.label_smoothing, seq.layout
+    with bfloat16_if_wanted(model.cfg, seq):
         states = next_states(model(seq))                                                             # (B, L, D)
-        image = cross_entropy(model.image_logits(states, seq.layout), batch["image_tokens"],
-                              torch.ones_like(batch["image_tokens"], dtype=torch.bool), num_image)
-        text = cross_entropy(model.text_logits(states, seq.layout), batch["text_tokens"],
-                             seq.is_valid[:, seq.layout.text], num_text)
+        image = masked_cross_entropy(model.image_logits(states, where), batch["image_tokens"],
+                                     seq.is_valid[:, where.image], smoothing, num_image)             # all of it
+        text = masked_cross_entropy(model.text_logits(states, where), batch["text_tokens"],
+                                    seq.is_valid[:, where.text], smoothing, num_text)
     return image, text
 
 
@@ -68,15 +71,6 @@ def whole_sequence(task: str, cfg, image_tokens: Tensor, text_tokens: Tensor, le
 def next_states(states: Tensor) -> Tensor:
     """States (B, L, D) one place to the right. The first place, BOC, is asked nothing."""
     return states.roll(1, dims=1)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, is_scored: Tensor, count: Tensor | None = None) -> Tensor:
-    """Mean over the scored places of the batch, or over count of them: logits (B, N, V), targets (B, N), is_scored
-    (B, N) bool."""
-    targets = targets.masked_fill(~is_scored, -100)
-    total = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100,
-                                              reduction="sum")
-    return total / (is_scored.sum() if count is None else count)
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -105,7 +99,7 @@ def generate(model, task: str, image_tokens: Tensor, text_tokens: Tensor, length
     cfg, modality = model.cfg, "image" if task == "t2i" else "text"
     seq = whole_sequence(task, cfg, image_tokens, text_tokens, lengths)
     half, first_id, end = ((seq.layout.image, 0, -1) if task == "t2i" else
-                           (seq.layout.text, cfg.codebook_size, cfg.text_vocab - 1))      # an image has no end token
+                           (seq.layout.text, cfg.codebook_size, cfg.end_token))           # an image has no end token
     batch, count = to_fill.shape
     uniform = random_rows(generator, batch, count).to(to_fill.device)                       # (B, N) or (B, T)
     is_over = torch.zeros(batch, dtype=torch.bool, device=to_fill.device)                            # (B,)

@@ -12,7 +12,6 @@ How to read on: `split_clip` cuts a text into words, `merge` is the algorithm, `
 import gzip
 import heapq
 import html
-import os
 import random
 import re
 import zlib
@@ -22,6 +21,8 @@ from pathlib import Path
 
 import ftfy
 import regex
+
+from nanomagvlt.files import whole
 
 START, END, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 CLIP_MERGES = 49_408 - 512 - 2     # CLIP's own file lists 262,144 merges, of which CLIP uses these first ones
@@ -239,17 +240,10 @@ class BPE:
         return cls(merges, words or said.get("words", "clip"))
 
     def save(self, path: str | Path) -> None:
-        """Plain text, or gzip where the name ends in .gz. The file is whole or absent, never half written."""
+        """Plain text, or gzip where the name ends in .gz. Whole or not at all."""
         path, data = Path(path), self.to_text().encode("utf-8")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole(path) as file:
+            file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
     @classmethod
     def load(cls, path: str | Path, words: str | None = None) -> "BPE":

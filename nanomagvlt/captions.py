@@ -19,7 +19,7 @@ from pathlib import Path
 
 import regex
 
-from nanomagvlt.data import write_json
+from nanomagvlt.files import write_json
 
 # ---- words --------------------------------------------------------------------------------------------------
 

@@ -2,17 +2,17 @@
 
 A checkpoint is a plain dict of tensors and simple values. A transformer's holds all that sampling needs: its
 configuration, the text merges, the VQ-GAN and the model; and all that going on with training needs: the optimiser's
-state and the step. There is no random state in it: randomness is a function of (seed, step), see data.py.
+state and the step. There is no random state in it: randomness is a function of (seed, step), see chance.py.
 """
 import dataclasses
 import hashlib
-import os
 from pathlib import Path
 
 import torch
 
 from nanomagvlt.bpe import BPE
 from nanomagvlt.config import Config, from_dict
+from nanomagvlt.files import first_line, whole
 from nanomagvlt.model import MAGVLT
 from nanomagvlt.vqgan import VQGAN
 
@@ -22,20 +22,11 @@ class CheckpointError(ValueError):
 
 
 def save(path: Path, kind: str, cfg: Config, **content) -> None:
-    """Writes a checkpoint of kind "vqgan" or "magvlt" beside its place and moves it there: never half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"kind": kind, "config": dataclasses.asdict(cfg), **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:  # a full disk, say: what stood at the place stands there still
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    """Writes a checkpoint of kind "vqgan" or "magvlt", whole or not at all. One process at a time."""
+    for half in path.parent.glob(f"{path.name}.*.tmp"):  # what a kill in the middle of an earlier save has left
+        half.unlink()
+    with whole(path) as file:
+        torch.save({"kind": kind, "config": dataclasses.asdict(cfg), **content}, file)
 
 
 def load(path: str | Path, kind: str) -> dict:
@@ -45,8 +36,8 @@ def load(path: str | Path, kind: str) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged or foreign file fails in any of a dozen ways inside the unpickler
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: not a checkpoint of nanomagvlt, or a damaged one ({reason[:100]})") from None
+        raise CheckpointError(f"{path}: not a checkpoint of nanomagvlt, or a damaged one ({first_line(error)})"
+                              ) from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         found = content.get("kind") if isinstance(content, dict) else None
         raise CheckpointError(f"{path}: holds {found or 'something else'}, where a {kind} checkpoint is wanted")

@@ -7,7 +7,6 @@ number, who made it, when, and in whose company does not matter, and the files a
 protocols.py works so.
 """
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import nanomagvlt
-from nanomagvlt.data import write_json
+from nanomagvlt.files import first_line, whole, write_json
 
 CHUNK = 64  # items in a file
 
@@ -76,12 +75,8 @@ def claim(folder: Path, settings: dict) -> None:
 
 def write(path: Path, content: dict) -> None:
     """A file of tensors and strings, whole or absent; the same bytes for the same content."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with whole(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read(path: Path) -> dict:
@@ -89,8 +84,7 @@ def read(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file fails in any of a dozen ways inside the unpickler
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise ValueError(f"{path}: damaged ({reason}); delete it and give the same command again") from None
+        raise ValueError(f"{path}: damaged ({first_line(error)}); delete it and give the same command again") from None
 
 
 @cache

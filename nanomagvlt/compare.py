@@ -20,14 +20,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
 import torch
 
-from nanomagvlt.data import write_json
+from nanomagvlt.files import write_json
 
 ROOT = Path(__file__).parents[1]
 

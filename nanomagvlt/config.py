@@ -4,7 +4,7 @@ A preset is a small table of differences from the defaults below, and every fiel
 `width` is `--width`, `vq_steps` is `--vq-steps`. The comment behind a field is also its help text. A name that
 does not exist is an error that offers the nearest one.
 
-`P` in a comment marks the paper's own setting (MAGVLT, CVPR 2023); the rest is ours and may be bettered.
+`P` in a comment marks the paper's own setting (MAGVLT, CVPR 2023); the rest is ours, and may be improved on.
 """
 import argparse
 import dataclasses
@@ -122,6 +122,11 @@ class Config:
         self.text_vocab = self.text_vocab or 512 + self.bpe_merges + 2
 
     @property
+    def end_token(self) -> int:
+        """The text token that ends and pads captions: the last id of the vocabulary (chapter 8)."""
+        return self.text_vocab - 1
+
+    @property
     def grid(self) -> int:
         """Image tokens a side."""
         return self.image_size // 2 ** (len(self.vq_multipliers) - 1)
@@ -133,6 +138,11 @@ class Config:
 
     def check(self) -> "Config":
         """Returns itself. Raises ValueError, naming the field, where values cannot work together."""
+        problems = [(getattr(self, name) < low, f"{name} {getattr(self, name)} must be at least {low}")
+                    for low, names in AT_LEAST.items() for name in names.split()]
+        problems += [(not self.vq_multipliers or min(self.vq_multipliers) < 1,
+                      f"vq_multipliers {self.vq_multipliers} must be numbers of at least 1")]
+        refuse(problems)  # what the rest divides by
         patch = 2 ** (len(self.vq_multipliers) - 1)
         problems = [(isinstance(number, float) and not math.isfinite(number), f"{name} {value} must be finite")
                     for name, value in vars(self).items()
@@ -140,7 +150,7 @@ class Config:
         problems += [(getattr(self, name) not in names, f"{name} {getattr(self, name)!r} is none of {', '.join(names)}")
                      for name, names in CHOICES.items()]
         problems += [(not 0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)} must lie in [0, 1)")
-                     for name in ("label_smoothing", "dropout", "ema", "condition_dropout")]
+                     for name in ("label_smoothing", "dropout", "ema", "condition_dropout", "vq_decay")]
         problems += [
             (self.image_size % (2 * patch),
              f"image_size {self.image_size} is no multiple of {2 * patch}, twice the patch that vq_multipliers make"),
@@ -153,6 +163,7 @@ class Config:
              f"length_places {self.length_places} must lie in 1..text_length {self.text_length}"),
             (self.model == "argvlt" and (self.task_weights[2:] != (0.0,) or self.unroll_mask or self.mixsel != "off"),
              "model argvlt has no it2it, no UnrollMask and no MixSel: give task_weights with 0 as their last"),
+            (self.model == "argvlt" and self.condition_dropout > 0, "condition_dropout is for model magvlt"),
             (self.segments and self.model != "argvlt", "segments are for model argvlt"),
             (self.mixsel != "off" and min(self.micro_batch or 2, self.batch_size) < 2,
              "mixsel wants at least two pairs at a time: see batch_size and micro_batch"),
@@ -161,22 +172,20 @@ class Config:
             (self.position_start == "waves" and self.width % 4,
              f"width {self.width} is no multiple of 4, which position_start waves wants"),
             (not 0 <= self.bpe_dropout <= 1, f"bpe_dropout {self.bpe_dropout} must lie in [0, 1]"),
+            (not self.vqgan and self.vq_start >= self.vq_steps,
+             f"vq_start {self.vq_start} must be below vq_steps {self.vq_steps}: else the codebook never comes in"),
             (bool(self.vq_vgg) != bool(self.vq_lpips), "vq_vgg and vq_lpips: the perceptual loss wants both"),
             (not 0 <= self.vq_mixed <= 1, f"vq_mixed {self.vq_mixed} must lie in [0, 1]"),
             (len(self.betas) != 2, f"betas {self.betas} must be two numbers"),
             (self.codebook_size > 2 ** 16,
              f"codebook_size {self.codebook_size} is over 65,536, the most a cache holds"),
             (not 0 < self.lr_fall <= 1, f"lr_fall {self.lr_fall} must lie in (0, 1]"),
-            (self.micro_batch < 0 or self.micro_batch and self.batch_size % self.micro_batch,
+            (self.micro_batch and self.batch_size % self.micro_batch,
              f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}"),
-            (min(self.lr, self.vq_lr) <= 0, f"lr {self.lr} and vq_lr {self.vq_lr} must be > 0"),
+            (min(self.lr, self.vq_lr, self.clip) <= 0,
+             f"lr {self.lr}, vq_lr {self.vq_lr} and clip {self.clip} must be > 0"),
         ]
-        problems += self.decoding_problems()
-        problems += [(getattr(self, name) < 1, f"{name} {getattr(self, name)} must be at least 1")
-                     for name in AT_LEAST_ONE]
-        for is_wrong, message in problems:
-            if is_wrong:
-                raise ValueError(message)
+        refuse(problems + self.decoding_problems())
         return self
 
     def decoding_problems(self) -> list[tuple[bool, str]]:
@@ -197,9 +206,19 @@ class Config:
         ]
 
 
-AT_LEAST_ONE = ("pairs image_size text_length text_bucket codebook_size codebook_dim vq_channels vq_latent vq_groups "
-                "vq_images vq_batch vq_critic_channels layers width heads batch_size text_steps log_every eval_every "
-                "sample_every save_every").split()
+def refuse(problems: list[tuple[bool, str]]) -> None:
+    """Raises ValueError with the message of the first problem that there is."""
+    for is_there, message in problems:
+        if is_there:
+            raise ValueError(message)
+
+
+AT_LEAST = {
+    0: "bpe_merges vq_start vq_critic_start vq_critic_ramp micro_batch warmup weight_decay eval_scenes",
+    1: "pairs image_size text_length text_bucket codebook_size codebook_dim vq_channels vq_res_blocks vq_latent "
+       "vq_groups vq_images vq_steps vq_batch vq_critic_channels layers width heads steps batch_size "
+       "text_steps log_every eval_every sample_every save_every",
+}
 
 # What the settings that are words may say.
 CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"),
@@ -294,6 +313,8 @@ def add_config_flags(parser: Parser) -> None:
     parser.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default tiny)")
     group = parser.add_argument_group("settings (the preset's unless given; P: the paper's)")
     for field in dataclasses.fields(Config):
+        if field.name == "text_vocab":  # follows from the merges
+            continue
         group.add_argument("--" + field.name.replace("_", "-"), type=_reader(field.type), metavar="X",
                            default=argparse.SUPPRESS, help=comments[field.name].replace("%", "%%"))
 

@@ -27,14 +27,11 @@ import numpy as np
 import torch
 
 from nanomagvlt.bpe import BPE, clean_caption
-from nanomagvlt.readers import DataError, Pair, Piece, keyed_seed, pairs_in, refuse_bad
+from nanomagvlt.chance import keyed_generator, keyed_seed
+from nanomagvlt.files import whole, write_json
+from nanomagvlt.readers import DataError, Pair, Piece, pairs_in, refuse_bad
 
 CACHE_FILES = ("tokens.bin", "captions.bin", "caption_ends.bin", "meta.json")
-
-
-def keyed_generator(*key) -> torch.Generator:
-    """A CPU generator that always starts the same for the same key."""
-    return torch.Generator().manual_seed(keyed_seed(*key))
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
@@ -148,7 +145,8 @@ def _write_rows(folder: Path, many_rows: Iterable[Rows], meta: dict) -> TokenCac
         if num_pairs == 0:
             raise DataError(f"{folder}: there is no pair to put into the cache")
         for file in files:
-            _to_disk(file)
+            file.flush()
+            os.fsync(file.fileno())
         on_error.pop_all()
     write_json(unfinished / "meta.json", {"pairs": num_pairs, "image_tokens": num_tokens, **meta})
     shutil.rmtree(folder, ignore_errors=True)
@@ -178,11 +176,8 @@ def write_part(path: Path, piece: Piece, vqgan, settings: dict, progress: Callab
     none = Rows(np.empty((0, 2 * vqgan.cfg.image_tokens), np.uint16), np.empty(0, np.uint8), np.empty(0, np.int64))
     rows = Rows(*(np.concatenate(column) for column in zip(none, *many_rows)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with whole(path) as file:
         np.savez(file, counts=np.array(json.dumps(counts)), **rows._asdict())
-        _to_disk(file)
-    os.replace(temporary, path)
 
 
 def join_parts(folder: str | Path, source: str, paths: list[Path], settings: dict) -> TokenCache:
@@ -224,11 +219,6 @@ def _read_part(path: Path, *names: str) -> list[np.ndarray]:
         raise DataError(f"{path}: damaged ({error}); delete it and give the same command again") from None
 
 
-def _to_disk(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def batched(items: Iterable, size: int) -> Iterator[list]:
     """Lists of `size` items, the last one maybe shorter."""
     batch = []
@@ -239,13 +229,6 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
             batch = []
     if batch:
         yield batch
-
-
-def write_json(path: Path, value) -> None:
-    """Writes a whole file or none, whoever else writes it at the same time."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------------------------------------- batches

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from nanomagvlt import sequence
-from nanomagvlt.masking import decoding_counts, halton_rank, lowest, order_scores, random_rows, sample
+from nanomagvlt.chance import random_rows
+from nanomagvlt.masking import decoding_counts, halton_rank, lowest, order_scores, sample
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,13 @@ def text_recipe(cfg) -> Recipe:
 
 
 @torch.no_grad()
-def decode(guess: Callable[[list[Canvas]], list[Tensor]], canvases: list[Canvas], generator: torch.Generator) -> None:
+def decode(guess: Callable[[], list[Tensor]], canvases: list[Canvas], generator: torch.Generator) -> None:
     """Fills the canvases in K steps, the same K for all of them.
 
-    guess(canvases) -> logits (B, N, V) of each, from its tokens and is_masked. All randomness is drawn from the
-    generator (a CPU one) beforehand, row after row, so the first row of a batch is the single sample of the same seed;
-    or it is an iterator that gives each row a generator of its own (masking.random_rows).
+    guess() -> logits (B, N, V) for each canvas, from its tokens and is_masked as they are then; that of draw_pair()
+    changes a canvas before it looks, when the text's length changes. All randomness is drawn from the generator (a CPU
+    one) beforehand, row after row, so the first row of a batch is the single sample of the same seed; or it is an
+    iterator that gives each row a generator of its own (chance.random_rows).
     Raises ValueError where an image has fewer places to fill than there are steps, or canvases differ in steps.
     """
     batch, k_steps = len(canvases[0].tokens), canvases[0].recipe.steps
@@ -103,7 +105,7 @@ def decode(guess: Callable[[list[Canvas]], list[Tensor]], canvases: list[Canvas]
     uniform = random_rows(generator, batch, sum(sizes)).to(canvases[0].tokens.device).split(sizes, dim=1)
     uniform = [numbers.view(batch, k_steps, 2, -1) for numbers in uniform]                           # (B, K, 2, N)
     for k in range(k_steps):
-        for canvas, logits, numbers in zip(canvases, guess(canvases), uniform):
+        for canvas, logits, numbers in zip(canvases, guess(), uniform):
             take_step(canvas, logits, k, numbers[:, k])
 
 
@@ -121,16 +123,16 @@ def take_step(canvas: Canvas, logits: Tensor, k: int, uniform: Tensor) -> None:
         canvas.is_masked = lowest(scores, count, canvas.to_fill if recipe.can_remask else canvas.is_masked)
 
 
-def blank_image(cfg, batch: int, recipe: Recipe, device) -> Canvas:
-    """An image of which nothing is known."""
+def blank_image(cfg, batch: int, device=None) -> tuple[Tensor, Tensor]:
+    """Images of which nothing is known: tokens (B, N), and where to fill them (B, N)."""
     tokens = torch.zeros(batch, cfg.image_tokens, dtype=torch.long, device=device)
-    return Canvas(tokens, torch.ones_like(tokens, dtype=torch.bool), recipe)
+    return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
 
-def blank_text(cfg, text_lengths: Tensor, recipe: Recipe) -> Canvas:
-    """A text of which nothing but its length (B,) is known."""
-    tokens = torch.zeros(len(text_lengths), cfg.text_length, dtype=torch.long, device=text_lengths.device)
-    return Canvas(tokens, sequence.real_places(text_lengths, cfg.text_length), recipe)
+def blank_text(cfg, text_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Texts of which nothing but their lengths (B,) is known: tokens (B, T), and where to fill them (B, T)."""
+    to_fill = sequence.real_places(text_lengths, cfg.text_length)
+    return torch.zeros_like(to_fill, dtype=torch.long), to_fill
 
 
 def draw_image(model, text_tokens: Tensor, text_lengths: Tensor, generator: torch.Generator,
@@ -142,14 +144,14 @@ def draw_image(model, text_tokens: Tensor, text_lengths: Tensor, generator: torc
     being those under the empty caption, the end token alone; both in one pass of 2 B rows.
     """
     cfg = model.cfg
-    canvas = canvas or blank_image(cfg, len(text_tokens), image_recipe(cfg), text_tokens.device)
+    canvas = canvas or Canvas(*blank_image(cfg, len(text_tokens), text_tokens.device), image_recipe(cfg))
     guided = guidance != 1
     if guided:
-        text_tokens = torch.cat([text_tokens, torch.full_like(text_tokens, cfg.text_vocab - 1)])     # (2 B, T)
+        text_tokens = torch.cat([text_tokens, torch.full_like(text_tokens, cfg.end_token)])          # (2 B, T)
         text_lengths = torch.cat([text_lengths, torch.ones_like(text_lengths)])                      # (2 B,)
     nothing = torch.zeros_like(text_tokens, dtype=torch.bool)
 
-    def guess(canvases: list[Canvas]) -> list[Tensor]:
+    def guess() -> list[Tensor]:
         tokens, is_masked = canvas.tokens, canvas.is_masked
         if guided:
             tokens, is_masked = torch.cat([tokens, tokens]), torch.cat([is_masked, is_masked])       # (2 B, N)
@@ -175,9 +177,9 @@ def write_text(model, image_tokens: Tensor, generator: torch.Generator, text_len
     nothing = torch.zeros_like(image_tokens, dtype=torch.bool)
     if text_lengths is None:
         text_lengths = predict_length(model, image_tokens, nothing)
-    canvas = canvas or blank_text(cfg, text_lengths, text_recipe(cfg))
+    canvas = canvas or Canvas(*blank_text(cfg, text_lengths), text_recipe(cfg))
 
-    def guess(canvases: list[Canvas]) -> list[Tensor]:
+    def guess() -> list[Tensor]:
         seq = sequence.build("i2t", cfg, image_tokens, nothing, canvas.tokens, canvas.is_masked, text_lengths)
         return [model.text_logits(model(seq), seq.layout)]
 
@@ -195,7 +197,7 @@ def draw_pair(model, image: Canvas, text: Canvas, text_lengths: Tensor, generato
     """
     cfg = model.cfg
 
-    def guess(canvases: list[Canvas]) -> list[Tensor]:
+    def guess() -> list[Tensor]:
         nonlocal text_lengths
         if image.trace and not keep_length:
             text_lengths = predict_length(model, image.tokens, image.is_masked)

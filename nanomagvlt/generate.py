@@ -21,22 +21,21 @@ from nanomagvlt.config import Config
 from nanomagvlt.data import encode_captions, to_images, to_pixels
 from nanomagvlt.decode import Canvas, Step
 from nanomagvlt.model import MAGVLT
-from nanomagvlt.sequence import real_places
 from nanomagvlt.vqgan import VQGAN
 
 
 @dataclass
-class Generator:
+class Pipeline:
     """A trained MAGVLT with its two tokenizers. Everything it makes follows from the torch.Generator it is given.
 
-    draw_tokens() and write_tokens() take an iterator of generators as well, one for each row: masking.random_rows().
+    draw_tokens() and write_tokens() take an iterator of generators as well, one for each row: chance.random_rows().
     """
     model: MAGVLT
     vqgan: VQGAN
     bpe: BPE
     cfg: Config          # its decoding settings are what counts here
 
-    def with_settings(self, **settings) -> "Generator":
+    def with_settings(self, **settings) -> "Pipeline":
         """The same weights with other decoding settings, fields of Config: image_steps=4, say. Raises ValueError."""
         return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, **settings).check())
 
@@ -65,8 +64,7 @@ class Generator:
         """
         drawn, trace, cfg = [], [], self.cfg
         if image_tokens is None:
-            image_tokens = torch.zeros(len(prompts), cfg.image_tokens, dtype=torch.long)
-            to_fill = torch.ones_like(image_tokens, dtype=torch.bool)
+            image_tokens, to_fill = decode.blank_image(cfg, len(prompts))
         recipe = decode.image_recipe(cfg)
         recipe = dataclasses.replace(recipe, steps=max(1, min(recipe.steps, int(to_fill.sum(1).min()))))
         for i in range(0, len(prompts), self.batch_size):
@@ -106,8 +104,7 @@ class Generator:
             else:  # of which nothing is known: an ARGVLT says itself where it ends, a MAGVLT has guessed it before
                 n = (torch.full_like(image[:, 0], cfg.text_length) if cfg.model == "argvlt" else
                      decode.predict_length(self.model, image, torch.zeros_like(image, dtype=torch.bool)))
-                fill = real_places(n, cfg.text_length)
-                known = torch.zeros_like(fill, dtype=torch.long)
+                known, fill = decode.blank_text(cfg, n)
             if cfg.model == "argvlt":
                 done, steps = argvlt.generate(self.model, "i2t", image, known, n, fill, generator,
                                               cfg.argvlt_temperature, cfg.text_top_k), []
@@ -136,15 +133,13 @@ class Generator:
         if not cfg.task_weights[2]:
             raise ValueError("image and text together want a model that was trained in it2it, as tiny is: the last of "
                              "--task-weights must not be 0")
-        if image is None:
-            tokens = torch.zeros(count, cfg.image_tokens, dtype=torch.long)
-            image = tokens, torch.ones_like(tokens, dtype=torch.bool)
+        image = image or decode.blank_image(cfg, count)
         is_known = text is not None
         if not is_known:
-            chance = torch.Generator().manual_seed(generator.initial_seed())  # of its own: row 0 is row 0 in any batch
-            lengths = torch.randint(8, 17, (count,), generator=chance).clamp(max=cfg.text_length)
-            to_fill = real_places(lengths, cfg.text_length)
-            text = torch.zeros_like(to_fill, dtype=torch.long), lengths, to_fill
+            for_lengths = torch.Generator().manual_seed(generator.initial_seed())  # else row 0 would depend on the batch
+            lengths = torch.randint(8, 17, (count,), generator=for_lengths).clamp(max=cfg.text_length)
+            words, to_fill = decode.blank_text(cfg, lengths)
+            text = words, lengths, to_fill
         steps = max(1, min(cfg.text_steps, int(image[1].sum(1).min())))  # one K for both
         # A text whose length changes on the way wants an order of its own: one by place ends with the wrong places.
         recipes = [dataclasses.replace(decode.image_recipe(cfg), steps=steps),
@@ -182,8 +177,8 @@ class Generator:
                                for tokens in image_tokens.split(self.batch_size)])
 
 
-def load_generator(path: str | Path, device: str = "auto", bpe_file: str | Path = published.CLIP_BPE, heads: int = 0,
-                   sha256: str = "") -> Generator:
+def load_pipeline(path: str | Path, device: str = "auto", bpe_file: str | Path = published.CLIP_BPE, heads: int = 0,
+                   sha256: str = "") -> Pipeline:
     """A trained checkpoint, ours or the authors', ready to draw and caption.
 
     sha256 is the digest to insist on. bpe_file and heads matter to the authors' files alone, which do not say them:
@@ -196,7 +191,7 @@ def load_generator(path: str | Path, device: str = "auto", bpe_file: str | Path 
     else:
         model, vqgan, bpe = checkpoint.load_magvlt(path)
     device = pick_device(device)
-    return Generator(model.to(device), vqgan.to(device), bpe, model.cfg)
+    return Pipeline(model.to(device), vqgan.to(device), bpe, model.cfg)
 
 
 def pick_device(name: str) -> torch.device:

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
+from nanomagvlt.files import first_line
+
 SIDE, FEATURES, CLASSES = 299, 2048, 1008
 
 
@@ -187,8 +189,7 @@ def load_inception(path: str | Path) -> Inception:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file fails in any of a dozen ways inside the unpickler
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise ValueError(f"{path}: no state dict, or a damaged one ({reason})") from None
+        raise ValueError(f"{path}: no state dict, or a damaged one ({first_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor)
                                               for name, tensor in state.items()):
         raise ValueError(f"{path}: not all of it is tensors with names")

@@ -37,23 +37,23 @@ class Clock:
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
 
 
-LOST_AT_MOST = 3  # updates in a row whose gradient is not finite
+AT_MOST = 3  # updates in a row whose gradient is not finite
 
 
 class Finite:
-    """Is an update's gradient norm finite? It counts those that are not, which changed nothing, and raises a ValueError
-    at the third in a row: what is saved is from before, unless a save came in between, and is as good."""
+    """Is an update's gradient norm finite? One that is not has changed no weight: it is counted as skipped. Three in a
+    row raise ValueError, since the run has diverged; last.pt is sound all the same."""
 
-    def __init__(self, run: Path, lost: int = 0, in_a_row: int = 0):
-        self.run, self.lost, self.in_a_row = run, lost, in_a_row
+    def __init__(self, run: Path, skipped: int = 0, in_a_row: int = 0):
+        self.run, self.skipped, self.in_a_row = run, skipped, in_a_row
 
     def __call__(self, norm: float, step: int) -> bool:
         if math.isfinite(norm):
             self.in_a_row = 0
             return True
-        self.lost, self.in_a_row = self.lost + 1, self.in_a_row + 1
-        if self.in_a_row == LOST_AT_MOST:
-            raise ValueError(f"the gradients of {LOST_AT_MOST} updates in a row, up to step {step:,}, were not finite: "
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row == AT_MOST:
+            raise ValueError(f"the gradients of {AT_MOST} updates in a row, up to step {step:,}, were not finite: "
                              f"{self.run / 'last.pt'} is sound; try a smaller --lr, under another --name")
         return False
 

@@ -16,7 +16,7 @@ Shapes: B batch, N places of one modality, K decoding steps. `python -m nanomagv
 Read on in sequence.py.
 """
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -85,7 +85,9 @@ def order_scores(order: str, confidence: Tensor, noise: float, uniform: Tensor, 
 
     confidence (B, N) is log p of what stands there, uniform (B, N) fresh random numbers, halton (N,) the halton_rank()
     of the places.
-      "gumbel"      confidence + noise x Gumbel noise, the paper's: noise > 0 draws whom to keep, noise < 0 whom to hide
+      "gumbel"      confidence + noise x Gumbel noise, the paper's. noise > 0, for images: the highest, noisily, are
+                    kept. noise = -1, for text: the n lowest of log p - Gumbel are the n highest of -log p + Gumbel,
+                    so n places to hide are drawn, one after the other, from softmax(-log p)
       "confidence"  the least confident, outright
       "random"      any
       "halton"      spread evenly over the grid, the same in every picture (Besnier et al., 2025, arXiv 2503.17076)
@@ -118,16 +120,6 @@ def van_der_corput(i: int, base: int) -> float:
         i, digit = divmod(i, base)
         value += digit * unit
     return value
-
-
-def random_rows(chance: torch.Generator | Iterator[torch.Generator], rows: int, count: int) -> Tensor:
-    """Uniform numbers in [0, 1), (rows, count), all from one generator, row after row.
-
-    Or each row from the next of several: what it becomes does then not depend on who else is in the batch.
-    """
-    if isinstance(chance, torch.Generator):
-        return torch.rand(rows, count, generator=chance)
-    return torch.stack([torch.rand(count, generator=next(chance)) for _ in range(rows)])
 
 
 def gumbel(uniform: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Appendix - Measuring. So far: the small world, where every answer is exactly right or wrong.
+"""Appendix - Measuring in the small world, where every answer is exactly right or wrong.
 
-No network is touched here, only what it makes: both evaluations are handed something that draws and captions.
+No network is touched here, only what it makes: each evaluation is handed something that draws and captions, such as
+the Pipeline of generate.py. (The field's own measures are in field.py and captions.py.)
 """
 import math
 import random
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 
 from nanomagvlt import edit, shapes
-from nanomagvlt.data import encode_captions, keyed_generator, keyed_seed
+from nanomagvlt.chance import keyed_generator, keyed_seed
+from nanomagvlt.data import encode_captions
 from nanomagvlt.sequence import real_places
 
 
@@ -50,12 +52,12 @@ def unseen_scenes(level: shapes.Level, most: int, seed: int = 0) -> list[shapes.
     return list(scenes)
 
 
-def evaluate_scenes(generator, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0) -> dict:
+def evaluate_scenes(pipeline, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0) -> dict:
     """Draws and captions unseen scenes and judges the results; {name: Share} and, beside them, plain numbers.
 
-    generator offers draw(prompts, torch.Generator), caption(images, torch.Generator), image_to_tokens and
+    pipeline offers draw(prompts, torch.Generator), caption(images, torch.Generator), image_to_tokens and
     tokens_to_image. Each scene is asked for in `phrasings` ways, and as many times drawn by shapes.py and captioned.
-    "ignoring" judges the same results against the next scene's prompt or picture: what a generator would reach that
+    "ignoring" judges the same results against the next scene's prompt or picture: what a pipeline would reach that
     draws and writes as well, but ignores what it was given.
     """
     scenes = unseen_scenes(level, num_scenes)
@@ -64,11 +66,11 @@ def evaluate_scenes(generator, level: shapes.Level, num_scenes: int, phrasings: 
     prompts = [shapes.describe(scene, level, rng) for scene in asked]
     truth = np.stack([shapes.draw_scene(scene, level, rng) for scene in asked])                   # (M, S, S, 3)
 
-    chance = keyed_generator(seed, "decoding")
-    seen = shapes.read_images(generator.draw(prompts, chance), level)
-    repainted = shapes.read_images(generator.tokens_to_image(generator.image_to_tokens(truth)), level)
-    captions, lengths = generator.caption(truth, chance)
-    true_lengths = generator.caption_lengths(prompts)
+    generator = keyed_generator(seed, "decoding")
+    seen = shapes.read_images(pipeline.draw(prompts, generator), level)
+    repainted = shapes.read_images(pipeline.tokens_to_image(pipeline.image_to_tokens(truth)), level)
+    captions, lengths = pipeline.caption(truth, generator)
+    true_lengths = pipeline.caption_lengths(prompts)
 
     claims, written = [shapes.parse(prompt) for prompt in prompts], [shapes.parse(caption) for caption in captions]
     drawn = [shapes.judge(c, reading.scene) for c, reading in zip(claims, seen)]
@@ -98,7 +100,7 @@ def evaluate_scenes(generator, level: shapes.Level, num_scenes: int, phrasings: 
     }
 
 
-def evaluate_editing(generator, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0) -> dict:
+def evaluate_editing(pipeline, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0) -> dict:
     """Hides a part of an image or of a caption, has it made anew and judges all of the result. {name: Share}
 
     What is hidden: "object", one object's cell, or its colour and shape in the caption; "centre", the paper's protocol,
@@ -106,15 +108,15 @@ def evaluate_editing(generator, level: shapes.Level, num_scenes: int, phrasings:
     of the image, infilled the image and the rest of the caption. "without" withholds the other modality, which is then
     made together with what is missing, as it2it does: what the context alone gives. A model that was not trained in
     it2it has no such figures. Raises ValueError where a caption is longer than the model's text.
-    generator offers draw_tokens, write_tokens, make_pairs and what evaluate_scenes() wants.
+    pipeline offers draw_tokens, write_tokens, make_pairs and what evaluate_scenes() wants.
     """
     scenes = unseen_scenes(level, num_scenes)
     rng = random.Random(keyed_seed(seed, "phrasings"))
     asked = [scene for scene in scenes for _ in range(phrasings)]
     prompts = [shapes.describe(scene, level, rng) for scene in asked]
     things = [rng.choice(scene.things) for scene in asked]
-    image_tokens = generator.image_to_tokens(np.stack([shapes.draw_scene(scene, level, rng) for scene in asked]))
-    bpe, cfg = generator.bpe, generator.cfg
+    image_tokens = pipeline.image_to_tokens(np.stack([shapes.draw_scene(scene, level, rng) for scene in asked]))
+    bpe, cfg = pipeline.bpe, pipeline.cfg
     text_tokens, lengths = encode_captions(bpe, prompts, cfg.text_length)
     if (text_tokens.gather(1, lengths[:, None] - 1) != bpe.end).any():
         raise ValueError(f"captions of shapes:{level.name} have more than text_length {cfg.text_length} tokens here")
@@ -131,16 +133,16 @@ def evaluate_editing(generator, level: shapes.Level, num_scenes: int, phrasings:
 
     def edited(name: str, holes: torch.Tensor, gaps: torch.Tensor) -> dict[str, Share]:
         """holes (M, N), gaps (M, T): where image and text are hidden."""
-        chance, count, everything = keyed_generator(seed, name), len(asked), torch.ones_like(holes)
-        painted = generator.tokens_to_image(generator.draw_tokens(prompts, chance, image_tokens, holes)[0])
-        written = generator.write_tokens(image_tokens, chance, text_tokens, lengths, gaps)[0]
+        generator, count, everything = keyed_generator(seed, name), len(asked), torch.ones_like(holes)
+        painted = pipeline.tokens_to_image(pipeline.draw_tokens(prompts, generator, image_tokens, holes)[0])
+        written = pipeline.write_tokens(image_tokens, generator, text_tokens, lengths, gaps)[0]
         found = {f"{name}_inpainted": drawn_right(painted),
-                 f"{name}_infilled": told_right(generator.read_texts(written, lengths, cut=False))}
+                 f"{name}_infilled": told_right(pipeline.read_texts(written, lengths, cut=False))}
         if cfg.task_weights[2]:
-            alone = generator.make_pairs(count, chance, (image_tokens, holes), (text_tokens, lengths, all_words))[0]
-            blind = generator.make_pairs(count, chance, (image_tokens, everything), (text_tokens, lengths, gaps))[1]
-            found |= {f"{name}_inpainted_without": drawn_right(generator.tokens_to_image(alone)),
-                      f"{name}_infilled_without": told_right(generator.read_texts(blind, lengths, cut=False))}
+            alone = pipeline.make_pairs(count, generator, (image_tokens, holes), (text_tokens, lengths, all_words))[0]
+            blind = pipeline.make_pairs(count, generator, (image_tokens, everything), (text_tokens, lengths, gaps))[1]
+            found |= {f"{name}_inpainted_without": drawn_right(pipeline.tokens_to_image(alone)),
+                      f"{name}_infilled_without": told_right(pipeline.read_texts(blind, lengths, cut=False))}
         return found
 
     quarter = torch.arange(cfg.grid) * 2 // cfg.grid                                                 # (G,)
@@ -154,22 +156,22 @@ def evaluate_editing(generator, level: shapes.Level, num_scenes: int, phrasings:
                      edit.centre_words(lengths, cfg.text_length))}
 
 
-def evaluate_pairs(generator, level: shapes.Level, count: int, seed: int = 0) -> dict[str, Share]:
+def evaluate_pairs(pipeline, level: shapes.Level, count: int, seed: int = 0) -> dict[str, Share]:
     """Images and captions made together from nothing. {name: Share}
 
     "pairs_agree": the caption is right about the image, and the image clean; "pairs_crowded": the image has more than
     one object, as most scenes have: who always makes the same simple pair agrees with himself.
     Raises ValueError for a model that was not trained in it2it.
     """
-    image_tokens, text_tokens, lengths, _ = generator.make_pairs(count, keyed_generator(seed, "pairs"))
-    readings = shapes.read_images(generator.tokens_to_image(image_tokens), level)
-    texts = generator.read_texts(text_tokens, lengths)
+    image_tokens, text_tokens, lengths, _ = pipeline.make_pairs(count, keyed_generator(seed, "pairs"))
+    readings = shapes.read_images(pipeline.tokens_to_image(image_tokens), level)
+    texts = pipeline.read_texts(text_tokens, lengths)
     agree = [shapes.judge(shapes.parse(text), r.scene).exact and r.is_clean for text, r in zip(texts, readings)]
     return {"pairs_agree": share_over_scenes(agree, 1),
             "pairs_crowded": share_over_scenes([len(r.scene.things) > 1 for r in readings], 1)}
 
 
-def evaluate_bias(generator, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0) -> dict:
+def evaluate_bias(pipeline, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0) -> dict:
     """The paper's figure 4 with exact counts: where nothing is as usual, is it said what is there, or what is usual?
 
     level is a biased one. Unseen scenes are asked for and shown in which no object has its shape's usual colour, and no
@@ -180,10 +182,10 @@ def evaluate_bias(generator, level: shapes.Level, num_scenes: int, phrasings: in
     scenes = [scene for scene in unseen_scenes(plain, 10 * num_scenes)
               if all(thing.colour != shapes.USUAL[thing.shape] for thing in scene.things)
               and len({thing.shape for thing in scene.things}) == len(scene.things)][:num_scenes]
-    rng, chance = random.Random(keyed_seed(seed, "phrasings")), keyed_generator(seed, "decoding")
+    rng, generator = random.Random(keyed_seed(seed, "phrasings")), keyed_generator(seed, "decoding")
     asked = [scene for scene in scenes for _ in range(phrasings)]
-    drawn = shapes.read_images(generator.draw([shapes.describe(s, plain, rng) for s in asked], chance), plain)
-    captions, _ = generator.caption(np.stack([shapes.draw_scene(s, plain, rng) for s in asked]), chance)
+    drawn = shapes.read_images(pipeline.draw([shapes.describe(s, plain, rng) for s in asked], generator), plain)
+    captions, _ = pipeline.caption(np.stack([shapes.draw_scene(s, plain, rng) for s in asked]), generator)
     claims = [shapes.parse(caption) for caption in captions]
 
     def share(found: list, colour_of) -> Share:

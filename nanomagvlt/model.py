@@ -30,18 +30,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
         self.proj = nn.Linear(cfg.width, cfg.width)
 
-    def forward(self, x: Tensor, may_attend: Tensor, where: Layout, at: Tensor | None = None,
-                kept: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, may_attend: Tensor, where: Layout, places: Tensor | None = None,
+                cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x (B, L, D), may_attend (B, 1, 1 or L, keys) bool -> (B, L, D).
 
-        If causal, x may be a part of the sequence, the places `at`: what was read before is then in `kept`, keys and
-        values (B, H, L, D/H) of a whole sequence, which gain x's.
+        With a cache, keys and values (B, H, L, D/H) of the whole sequence, x holds only some `places` (L',) of it:
+        theirs are written into the cache, and x attends to all of it that it may.
         """
         b, l, d = x.shape
         q, k, v = self.qkv(x).view(b, l, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, L, D/H) each
         dropout = self.dropout if self.training else 0.0
-        if kept is not None:  # all of it is looked at, room for what comes later included: one shape for every step
-            k, v = kept[0].index_copy_(2, at, k), kept[1].index_copy_(2, at, v)
+        if cache is not None:  # all of it is looked at, room for what comes later included: one shape for every step
+            k, v = cache[0].index_copy_(2, places, k), cache[1].index_copy_(2, places, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, dropout_p=dropout)
         if not (self.is_causal or where.bot_sees_all):
             # One row of L sees less than the others. A (B, L, L) mask for its sake would cost L times the memory,
@@ -64,9 +64,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(cfg.width, 4 * cfg.width), nn.GELU(), nn.Linear(4 * cfg.width, cfg.width))
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, may_attend: Tensor, where: Layout, at: Tensor | None = None,
-                kept: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), may_attend, where, at, kept))
+    def forward(self, x: Tensor, may_attend: Tensor, where: Layout, places: Tensor | None = None,
+                cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), may_attend, where, places, cache))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -101,12 +101,12 @@ class MAGVLT(nn.Module):
     def device(self) -> torch.device:
         return self.output_bias.device
 
-    def forward(self, seq: Sequence, at: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, seq: Sequence, places: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """The states after the last block: (B, L, D). There is no LayerNorm after it.
 
-        If causal, the places `at` (L',) may be read alone, in order; what is before them must be in the cache.
+        If causal, the places `places` (L',) may be read alone, in order; what is before them must be in the cache.
         """
-        part = slice(None) if at is None else at
+        part = slice(None) if places is None else places
         x = self.tokens(seq.token_ids[:, part]) + self.places(seq.place_ids[part])                 # (B, L, D)
         x = x + seq.is_masked[:, part, None] * self.places(seq.masked_ids[part])                   # (B, L, D)
         if self.segments is not None:  # L-Verse's [REF] and [GEN]: before BOG, and from there on
@@ -115,11 +115,11 @@ class MAGVLT(nn.Module):
         may_attend = seq.is_valid[:, None, None, :]                                                # (B, 1, 1, L)
         if self.cfg.model == "argvlt":
             everywhere = torch.arange(seq.is_valid.shape[1], device=x.device)
-            of_queries = everywhere if at is None else at
+            of_queries = everywhere if places is None else places
             of_keys = everywhere if cache else of_queries
             may_attend = may_attend[..., of_keys] & (of_keys <= of_queries[:, None])               # (B, 1, L, keys)
         for i, block in enumerate(self.blocks):
-            x = block(x, may_attend, seq.layout, at, cache[i] if cache else None)
+            x = block(x, may_attend, seq.layout, places, cache[i] if cache else None)
         return x
 
     def new_cache(self, batch: int, length: int) -> Cache:

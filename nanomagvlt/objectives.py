@@ -52,9 +52,10 @@ def loss_terms(model, task: str, batch: Batch, uniform: Uniform,
                counts: Counts | None = None, run: Callable | None = None) -> Iterator[dict[str, Tensor]]:
     """The terms of eq. 6 for one batch of one task, unweighted, pass after pass through the model.
 
-    What is yielded may be back-propagated, and let go of, before the next is asked for: then only one pass is ever in
-    memory. Where the batch is but a part of an update's, counts are num_scored() of all its parts, added up: then so do
-    the parts' terms, to means over the whole. run is one_pass(), compiled if wanted.
+    The terms of one pass are yielded at a time, so that the caller can back-propagate and free them before the next.
+    If the batch is one part of an update's, `counts` holds num_scored(), added up over all parts: each term is then
+    divided by the whole update's count, and the parts' terms add up to the update's mean. `run` is one_pass(), perhaps
+    compiled.
     """
     cfg, whole, counts, run = model.cfg, batch, counts or {}, run or one_pass
     if task == "t2i" and cfg.condition_dropout and model.training:
@@ -89,9 +90,10 @@ def loss_terms(model, task: str, batch: Batch, uniform: Uniform,
 
 
 def num_scored(task: str, batch: Batch, uniform: Uniform, cfg) -> Counts:
-    """What the means of each term are over: how many image and text places it scores, (2,), or how many captions, ().
+    """The denominators of the means, which can be told without running the model.
 
-    No pass through the model is needed to know. In t2i a caption that is left out changes nothing that is counted.
+    Of mask, unroll and mixsel: how many image places and text places are scored, (2,); of length: how many captions,
+    (). Captions left out for guidance do not change them: t2i scores no text.
     """
     main = hide(task, *may_hide(task, batch), uniform, "main", cfg)
     scored = {"mask": main}
@@ -132,7 +134,7 @@ def drop_captions(batch: Batch, uniform: Uniform, cfg) -> Batch:
     """The batch, a share cfg.condition_dropout of its captions empty: the end token alone. What such an image looks
     like is what guidance goes away from (see draw_image() in decode.py)."""
     drop = uniform("captions left out") < cfg.condition_dropout                                      # (B,)
-    return {**batch, "text_tokens": batch["text_tokens"].masked_fill(drop[:, None], cfg.text_vocab - 1),
+    return {**batch, "text_tokens": batch["text_tokens"].masked_fill(drop[:, None], cfg.end_token),
             "text_lengths": batch["text_lengths"].masked_fill(drop, 1)}
 
 
@@ -172,9 +174,9 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, is_masked: Tensor, smo
                          count: Tensor | None = None) -> Tensor:
     """Mean cross entropy over the masked places of the whole batch (eq. 1-3): a scalar, 0 where none is masked.
 
-    logits (B, N, V), targets (B, N) long, is_masked (B, N) bool, count () the places that the mean is over, if not this
-    batch's own. Label smoothing spreads `smoothing` of the target over the modality's own vocabulary. Visible places
-    are ignored, not gathered out, so that no shape depends on the mask.
+    logits (B, N, V), targets (B, N) long, is_masked (B, N) bool; count (), if given, is the number of places that the
+    mean is over, in place of this batch's own. Label smoothing spreads `smoothing` of the target over the modality's
+    own vocabulary. Visible places are ignored, not gathered out, so that no shape depends on the mask.
     """
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.masked_fill(~is_masked, -100).flatten(),
                             ignore_index=-100, label_smoothing=smoothing, reduction="sum")
@@ -239,18 +241,20 @@ def mixsel(model, task: str, batch: Batch, uniform: Uniform, counts: Tensor | No
 @dataclass
 class Mix:
     """A batch of mixes: tokens, what is hidden of them, how long their texts are, and which context is meant."""
-    shown: Batch                    # and, where it is hidden, asked for
+    shown: Batch                    # what the model reads and, where it is hidden, the targets
     hidden: tuple[Tensor, Tensor]   # (B, N) and (B, T') bool
     lengths: Tensor                 # (B,)
     selector: Tensor                # (B,) LEFT, RIGHT, TOP or BOTTOM
 
 
 def mix(task: str, batch: Batch, uniform: Uniform, cfg) -> Mix:
-    """Meant is always the row's own context; the other is that of another sample, and stays wholly visible.
+    """Joins each sample's own context with that of a partner, another sample of the batch, in random order.
 
-    i2t mixes images and asks for the own caption, t2i mixes captions and asks for the own image, it2it mixes both and
-    hides and scores the own halves. Images are joined left|right or top|bottom, one direction a batch, captions first
-    and second: TOP or LEFT stands for the first of both, and t2i, which mixes no images, says LEFT or RIGHT.
+    Its own is the one that is meant: only tokens of its own are hidden and scored, the partner's stay visible.
+      t2i    two captions, joined as a || b; the own image is drawn                 selector LEFT or RIGHT
+      i2t    two images, left|right or top|bottom; the own caption is written       LEFT, RIGHT, TOP or BOTTOM
+      it2it  both are joined; the own half of the image and the own caption         LEFT, RIGHT, TOP or BOTTOM
+    LEFT and TOP say that the first is meant. The direction, left|right or top|bottom, is drawn once a batch.
     """
     n = batch["image_tokens"].shape[1]
     own_first = uniform("mix side") < 0.5                                                            # (B,)
@@ -309,7 +313,7 @@ def join_texts(first: Batch, second: Batch, cfg) -> tuple[Tensor, Tensor, Tensor
     cfg.mixsel_separators of them stand where a's end token stood. T' is what any two of the batch need, or
     cfg.text_length: if both do not fit, the longer is cut first, and none below half. The end token belongs to neither.
     """
-    gap, end_token = cfg.mixsel_separators, cfg.text_vocab - 1                  # the last id, as bpe.py has it
+    gap, end_token = cfg.mixsel_separators, cfg.end_token
     t = min(cfg.text_length, 2 * (first["text_tokens"].shape[1] - 1) + gap + 1)  # words, separators, words, end
 
     def num_words(c: Batch) -> Tensor:  # a caption that was cut at T has no end token to leave out

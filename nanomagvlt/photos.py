@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanomagvlt.data import keyed_generator
+from nanomagvlt.chance import keyed_generator
 from nanomagvlt.readers import BadSample, open_image, square
 
 

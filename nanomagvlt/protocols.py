@@ -27,11 +27,13 @@ from torch import Tensor
 from nanomagvlt import checkpoint, edit
 from nanomagvlt.bpe import clean_caption
 from nanomagvlt.captions import java_metrics, score_captions, tokenize, write_results_json
+from nanomagvlt.chance import keyed_generator
 from nanomagvlt.chunks import Chunks, claim, read, write
 from nanomagvlt.clip import Judge
-from nanomagvlt.data import encode_captions, keyed_generator, write_json
+from nanomagvlt.data import encode_captions
 from nanomagvlt.field import Moments, clip_score, frechet_distance, inception_score
-from nanomagvlt.generate import Generator
+from nanomagvlt.files import write_json
+from nanomagvlt.generate import Pipeline
 from nanomagvlt.inception import Inception, inception_features
 from nanomagvlt.photos import Item, Photo, choose_items, digest, read_photos, read_squares
 
@@ -76,7 +78,7 @@ DECODING = ("image_", "text_", "argvlt_", "guidance", "clean_captions", "length_
 
 # ---------------------------------------------------------------------------------------------- beginning
 
-def begin(name: str, captions: Path, images: Path, out: Path, generator: Generator, judge: Judge | None = None,
+def begin(name: str, captions: Path, images: Path, out: Path, pipeline: Pipeline, judge: Judge | None = None,
           inception: Inception | None = None, num: int | None = None, candidates: int | None = None, seed: int = 0,
           split: str | None = None) -> "Run":
     """A run that begins or goes on in the folder `out`; num, candidates and split None are the paper's.
@@ -104,14 +106,14 @@ def begin(name: str, captions: Path, images: Path, out: Path, generator: Generat
     settings = {
         "protocol": name, "captions": hashlib.sha256(captions.read_bytes()).hexdigest()[:16], "images": digest(photos),
         "split": split, "num": len(items), "candidates": candidates, "seed": seed,
-        "weights": checkpoint.digest(torch.nn.ModuleList([generator.model, generator.vqgan])),
-        "bpe": hashlib.sha256(generator.bpe.to_text().encode()).hexdigest()[:16],
+        "weights": checkpoint.digest(torch.nn.ModuleList([pipeline.model, pipeline.vqgan])),
+        "bpe": hashlib.sha256(pipeline.bpe.to_text().encode()).hexdigest()[:16],
         "clip": judge and checkpoint.digest(judge.model), "inception": inception and checkpoint.digest(inception),
-        **{key: value for key, value in asdict(generator.cfg).items() if key.startswith(DECODING)}}
+        **{key: value for key, value in asdict(pipeline.cfg).items() if key.startswith(DECODING)}}
     claim(out, settings)
     what = (f"{len(items):,} of {among:,} {'captions' if protocol.num else 'images'} of {captions.name}"
             f"{split and f', {split}'} ({len(photos):,} images)")
-    return Run(name, what, photos, items, generator, judge, inception, candidates, seed, out, settings)
+    return Run(name, what, photos, items, pipeline, judge, inception, candidates, seed, out, settings)
 
 
 @dataclass
@@ -121,7 +123,7 @@ class Run:
     what: str                # is measured, in words
     photos: list[Photo]
     items: list[Item]
-    generator: Generator
+    pipeline: Pipeline
     judge: Judge | None
     inception: Inception | None
     candidates: int
@@ -144,7 +146,7 @@ class Run:
         self.made.work(self.make, part)
 
     def see(self, numbers: range, progress: Callable[[int], None]) -> dict[str, Tensor]:
-        found = self.features(read_squares([self.photos[i] for i in numbers], self.generator.cfg.image_size))
+        found = self.features(read_squares([self.photos[i] for i in numbers], self.pipeline.cfg.image_size))
         progress(len(numbers))
         return found
 
@@ -154,7 +156,7 @@ class Run:
 
     def make(self, numbers: range, progress: Callable[[int], None]) -> dict:
         """The chosen pictures, as tokens, or captions of items, and what CLIP and Inception see in them."""
-        size, made = max(1, self.generator.batch_size // self.candidates), []
+        size, made = max(1, self.pipeline.batch_size // self.candidates), []
         for start in range(numbers.start, numbers.stop, size):
             group = range(start, min(start + size, numbers.stop))
             made.append((self.draw if self.protocol.draws else self.write)(group))
@@ -166,14 +168,14 @@ class Run:
 
     def draw(self, numbers: range) -> dict:
         """C pictures of each caption, all of it or the centre of the photograph; of them the best."""
-        cfg, items, known = self.generator.cfg, [self.items[i] for i in numbers], ()
+        cfg, items, known = self.pipeline.cfg, [self.items[i] for i in numbers], ()
         if self.protocol.only_a_part:
             photos = read_squares([item.photo for item in items], cfg.image_size)
-            tokens = self.generator.image_to_tokens(photos).repeat_interleave(self.candidates, 0)    # (B C, N)
+            tokens = self.pipeline.image_to_tokens(photos).repeat_interleave(self.candidates, 0)    # (B C, N)
             known = tokens, edit.centre_places(cfg.grid).expand(len(tokens), -1)
         prompts = [text for text in self.texts(items) for _ in range(self.candidates)]
-        tokens, _ = self.generator.draw_tokens(prompts, self.chance(numbers), *known)
-        pictures = self.generator.tokens_to_image(tokens)                                            # (B C, S, S, 3)
+        tokens, _ = self.pipeline.draw_tokens(prompts, self.generators(numbers), *known)
+        pictures = self.pipeline.tokens_to_image(tokens)                                            # (B C, S, S, 3)
         if known:
             pictures = np.concatenate([edit.blend(*row) for row in zip(
                 photos, np.split(pictures, len(items)), known[1].split(self.candidates))])
@@ -182,24 +184,24 @@ class Run:
 
     def write(self, numbers: range) -> dict:
         """C captions of each photograph, all of it or the middle of a given one; of them the best."""
-        cfg, items, known = self.generator.cfg, [self.items[i] for i in numbers], ()
+        cfg, items, known = self.pipeline.cfg, [self.items[i] for i in numbers], ()
         photos = read_squares([item.photo for item in items], cfg.image_size)
-        image_tokens = self.generator.image_to_tokens(photos).repeat_interleave(self.candidates, 0)  # (B C, N)
+        image_tokens = self.pipeline.image_to_tokens(photos).repeat_interleave(self.candidates, 0)  # (B C, N)
         if self.protocol.only_a_part:
-            text_tokens, lengths = encode_captions(self.generator.bpe, self.texts(items), cfg.text_length)
+            text_tokens, lengths = encode_captions(self.pipeline.bpe, self.texts(items), cfg.text_length)
             known = [x.repeat_interleave(self.candidates, 0)
                      for x in (text_tokens, lengths, edit.centre_words(lengths, cfg.text_length))]
-        text_tokens, lengths, _ = self.generator.write_tokens(image_tokens, self.chance(numbers), *known)
-        captions = self.generator.read_texts(text_tokens, lengths, cut=not known)
+        text_tokens, lengths, _ = self.pipeline.write_tokens(image_tokens, self.generators(numbers), *known)
+        captions = self.pipeline.read_texts(text_tokens, lengths, cut=not known)
         best, seen = self.choose(photos, captions)
         return {"captions": [captions[i] for i in best], **seen}
 
     def texts(self, items: list[Item]) -> list[str]:
         """The captions as the model has learnt to read them."""
-        return [clean_caption(item.caption) if self.generator.cfg.clean_captions else item.caption for item in items]
+        return [clean_caption(item.caption) if self.pipeline.cfg.clean_captions else item.caption for item in items]
 
-    def chance(self, numbers: range) -> Iterator[torch.Generator]:
-        """A generator for each candidate of each item."""
+    def generators(self, numbers: range) -> Iterator[torch.Generator]:
+        """A torch.Generator for each candidate of each item."""
         return (keyed_generator(self.seed, self.name, i, c) for i, c in product(numbers, range(self.candidates)))
 
     def choose(self, pictures: np.ndarray, texts: list[str]) -> tuple[list[int], dict[str, Tensor]]:
@@ -260,7 +262,7 @@ def moments(features: list[Tensor]) -> Moments:
 def report(run: Run, scores: dict[str, float]) -> None:
     """Prints the protocol and its measures, and writes them to result.json. The paper's stand beside them only where
     all that the paper says of its own holds."""
-    protocol, cfg = run.protocol, run.generator.cfg
+    protocol, cfg = run.protocol, run.pipeline.cfg
     steps = cfg.image_steps if protocol.draws else cfg.text_steps
     is_the_papers = (
         len(run.photos) == protocol.num_photos and run.settings["split"] == protocol.split

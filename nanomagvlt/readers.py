@@ -18,7 +18,6 @@ Shapes: S image side in pixels.
 """
 import contextlib
 import glob
-import hashlib
 import io
 import json
 import lzma
@@ -39,6 +38,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nanomagvlt import shapes
+from nanomagvlt.chance import keyed_seed
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000   # more is refused unread: a few bytes of PNG can claim gigabytes
@@ -82,11 +82,6 @@ class NotAnImage(BadSample):
 
 class DataError(ValueError):
     """A source that cannot be used; the message is one line that names it and says what to do."""
-
-
-def keyed_seed(*key) -> int:
-    """A seed in [0, 2^63) made of anything printable: (seed, step, "mask"), say."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
 # ---------------------------------------------------------------------------------------------- images

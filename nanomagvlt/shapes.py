@@ -103,6 +103,11 @@ def get_level(level: str | Level) -> Level:
     return LEVELS[level]
 
 
+def level_of(source: str) -> Level | None:
+    """The level of a source of pairs that is "shapes:LEVEL"; None of any other. Raises ValueError as get_level()."""
+    return get_level(source.removeprefix("shapes:")) if source.startswith("shapes:") else None
+
+
 def enumerate_scenes(level: str | Level) -> Iterator[Scene]:
     """Every scene of a level, once: micro has 96, tiny 1,824 (full has millions: do not list it)."""
     level = get_level(level)

@@ -96,19 +96,19 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def masked_decoding(model: MAGVLT, task: str, image: Tensor, text: Tensor) -> Tensor:
     """Image tokens for texts (B, T) without padding; or texts for image tokens (B, N), their length guessed first."""
-    chance, lengths = torch.Generator().manual_seed(0), torch.full_like(text[:, 0], text.shape[1])
+    generator, lengths = torch.Generator().manual_seed(0), torch.full_like(text[:, 0], text.shape[1])
     if task == "t2i":
-        return decode.draw_image(model, text, lengths, chance)[0]
+        return decode.draw_image(model, text, lengths, generator)[0]
     decode.predict_length(model, image, torch.zeros_like(image, dtype=torch.bool))  # known here, but it takes its time
     canvas = decode.Canvas(torch.zeros_like(text), real_places(lengths, text.shape[1]), decode.text_recipe(model.cfg))
-    return decode.write_text(model, image, chance, lengths, canvas)[0]
+    return decode.write_text(model, image, generator, lengths, canvas)[0]
 
 
 def causal_decoding(model: MAGVLT, task: str, image: Tensor, text: Tensor, cache, step: Callable) -> Tensor:
     """The same, token after token; a text in as many steps as it has tokens."""
-    chance, lengths = torch.Generator().manual_seed(0), torch.full_like(text[:, 0], text.shape[1])
+    generator, lengths = torch.Generator().manual_seed(0), torch.full_like(text[:, 0], text.shape[1])
     to_fill = torch.ones_like(image if task == "t2i" else text, dtype=torch.bool)
-    return argvlt.generate(model, task, image, text, lengths, to_fill, chance, cache=cache, step=step)
+    return argvlt.generate(model, task, image, text, lengths, to_fill, generator, cache=cache, step=step)
 
 
 def operations_of(cfg: Config, task: str, length: int, caption: int) -> tuple[int, int]:
@@ -143,7 +143,7 @@ def compare(cfg: Config, vqgan, device: torch.device, dtype: torch.dtype, batche
 
     def calls(task: str, batch: int) -> list[Callable]:
         image = torch.randint(cfg.codebook_size, (batch, cfg.image_tokens), device=device)
-        text = torch.randint(cfg.text_vocab - 1, (batch, caption), device=device)
+        text = torch.randint(cfg.end_token, (batch, caption), device=device)
         cache = causal.new_cache(batch, length)
         for kept in (kept for pair in cache for kept in pair):
             torch._dynamo.mark_static_address(kept)  # so that CUDA graphs may write into it

@@ -15,8 +15,9 @@ import torch
 
 from nanomagvlt import argvlt, objectives, parallel
 from nanomagvlt.bpe import BPE
+from nanomagvlt.chance import batch_uniform, keyed_generator, keyed_seed
 from nanomagvlt.config import Config
-from nanomagvlt.data import TokenCache, keyed_generator, keyed_seed, make_batch, rows_of_step
+from nanomagvlt.data import TokenCache, make_batch, rows_of_step
 from nanomagvlt.loop import learning_rate
 from nanomagvlt.model import MAGVLT, operations
 from nanomagvlt.sequence import TASKS
@@ -32,14 +33,6 @@ def draw_task(cfg: Config, step: int) -> str:
     """The task of an update, T2I : I2T : IT2IT as task_weights; the same wherever it is asked for."""
     weights = torch.tensor(cfg.task_weights)
     return TASKS[int(torch.multinomial(weights, 1, generator=keyed_generator(cfg.seed, "task", step)))]
-
-
-def uniform(device: torch.device, batch_size: int, part: slice, seed: int, step: int | str, purpose: str,
-            *shape: int) -> torch.Tensor:
-    """The `uniform` of objectives.py: numbers (b, *shape) in [0, 1), a part of those of the batch (B, *shape), which
-    depend on seed, update and purpose. They are drawn on the device, so that it need not wait for them."""
-    chance = torch.Generator(device).manual_seed(keyed_seed(seed, step, purpose))
-    return torch.rand(batch_size, *shape, generator=chance, device=device)[part]
 
 
 class Parts:
@@ -76,21 +69,21 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, p
     what one of them has in its gradient, all have in the sum.
     """
     task, method, device = draw_task(cfg, step), method_of(cfg), model.device
-    mine = [(part, batch, partial(uniform, device, cfg.batch_size, part, cfg.seed, step))
+    mine = [(part, batch, partial(batch_uniform, device, cfg.batch_size, part, cfg.seed, step))
             for part, batch in parts.of_step(step)]
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, cfg.lr, cfg.warmup, cfg.steps, cfg.lr_fall)
     counts = None
     if len(mine) * parallel.world() > 1:  # the means are over what all parts score
-        each = [method.num_scored(task, batch, numbers, cfg) for _, batch, numbers in mine]
+        each = [method.num_scored(task, batch, uniform, cfg) for _, batch, uniform in mine]
         counts = {name: sum(count[name] for count in each) for name in each[0]}
         parallel.add_up(list(counts.values()))
 
     optimizer.zero_grad()
     terms = {}
-    for part, batch, numbers in mine:
+    for part, batch, uniform in mine:
         torch.manual_seed(keyed_seed(cfg.seed, "dropout", step, part.start))  # dropout alone uses the global generator
-        for of_a_pass in method.loss_terms(model, task, batch, numbers, counts, one_pass):
+        for of_a_pass in method.loss_terms(model, task, batch, uniform, counts, one_pass):
             method.total_loss(of_a_pass, task, cfg).backward()  # part by part of the sum: one graph lives at a time
             for name, term in of_a_pass.items():
                 terms[name] = terms.get(name, 0.0) + term.detach()

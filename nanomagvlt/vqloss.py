@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanomagvlt.files import first_line
+
 
 class Critic(nn.Module):
     """PatchGAN: one opinion for every patch of a picture, high for real ones (Isola et al., CVPR 2017)."""
@@ -78,8 +80,7 @@ class Perceptual(nn.Module):
             except FileNotFoundError:
                 raise ValueError(f"{path}: there is no such file") from None
             except Exception as error:  # a foreign file fails in many ways: in the unpickler, by names, by shapes
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise ValueError(f"{path}: no weights of VGG16 for LPIPS ({reason[:100]})") from None
+                raise ValueError(f"{path}: no weights of VGG16 for LPIPS ({first_line(error)})") from None
         return module
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ import torch
 from tqdm import tqdm
 
 from nanomagvlt import checkpoint, shapes
+from nanomagvlt.chance import keyed_generator, keyed_seed
 from nanomagvlt.config import Config
-from nanomagvlt.data import Pair, keyed_generator, keyed_seed, rows_of_step, to_images, to_pixels
+from nanomagvlt.data import Pair, rows_of_step, to_images, to_pixels
 from nanomagvlt.loop import BAR, Interrupt, Log, Stopped, learning_rate, optimizer_for
 from nanomagvlt.model import num_parameters
 from nanomagvlt.vqgan import VQGAN, Codebook, codebook_use
@@ -147,8 +148,7 @@ def report_vqgan(vqgan: VQGAN, cfg: Config, images: np.ndarray) -> None:
     psnr = 10 * math.log10(4 / (painted.clamp(-1, 1) - pixels).square().mean().item())
     used = f"{round(share * cfg.codebook_size)} of {cfg.codebook_size} codes used"
     line = f"vqgan: PSNR {psnr:.1f} dB, {used}, perplexity {perplexity:.1f}"
-    if cfg.data.startswith("shapes:"):
-        level = shapes.get_level(cfg.data.removeprefix("shapes:"))
+    if level := shapes.level_of(cfg.data):
         seen, truth = shapes.read_images(to_images(painted), level), shapes.read_images(images[:500], level)
         right = sum(s.is_clean and s.scene == t.scene for s, t in zip(seen, truth))
         line += f", {right / len(truth):.1%} of reconstructions judged right"

@@ -66,7 +66,8 @@ def test_an_end_token_ends_a_row(causal, batch):
 
 @pytest.mark.parametrize("task", ["t2i", "i2t"])
 def test_the_loss_is_that_of_each_next_token(task, causal, batch):
-    """Place by place: the log probability of a token by the state before it; 0.9 and 0.1."""
+    """Place by place: the log probability of a token by the state before it, smoothed; 0.9 and 0.1."""
+    causal.cfg.label_smoothing = 0.1
     terms = {name: term for part in argvlt.loss_terms(causal, task, batch, None) for name, term in part.items()}
     seq = whole(causal, task, batch)
     states, where, split = causal(seq), seq.layout, causal.cfg.codebook_size
@@ -77,7 +78,8 @@ def test_the_loss_is_that_of_each_next_token(task, causal, batch):
             for place in range(places.start, places.stop):
                 if seq.is_valid[b, place]:
                     log_p = causal.score(states[b:b + 1, place - 1:place], name)[0, 0].log_softmax(0)
-                    losses[name].append(-log_p[seq.token_ids[b, place] - (0 if name == "image" else split)])
+                    target = seq.token_ids[b, place] - (0 if name == "image" else split)
+                    losses[name].append(-0.9 * log_p[target] - 0.1 * log_p.mean())
     image, text = (torch.stack(losses[name]).mean() for name in ("image", "text"))
     generated, condition = (image, text) if task == "t2i" else (text, image)
     assert torch.allclose(terms["generated"], generated, atol=1e-5)

@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 
 from nanomagvlt.bpe import BPE
+from nanomagvlt.chance import keyed_seed
 from nanomagvlt.data import (TokenCache, encode_captions, make_batch, rows_of_step, to_images, to_pixels, tokenise,
                              write_cache)
-from nanomagvlt.readers import DataError, Pair, as_pairs, keyed_seed
+from nanomagvlt.readers import DataError, Pair, as_pairs
 from nanomagvlt.vqgan import VQGAN
 
 BPE_0 = BPE([])  # bytes alone

@@ -39,7 +39,7 @@ def canvas(rows=4, n=16, share=0.7):
 
 def run(model, tokens, to_fill, recipe, seed=0):
     one = Canvas(tokens, to_fill, recipe)
-    decode(lambda canvases: [model(one.tokens, one.is_masked)], [one], torch.Generator().manual_seed(seed))
+    decode(lambda: [model(one.tokens, one.is_masked)], [one], torch.Generator().manual_seed(seed))
     return one.tokens, one.trace
 
 
@@ -168,7 +168,7 @@ def test_an_image_all_of_which_is_to_be_made_anew_is_a_new_image(model, batch):
     """Inpainting is drawing: what is hidden does not matter, what is known stays, and is seen."""
     text, chance = (batch["text_tokens"], batch["text_lengths"]), torch.Generator
     drawn, _ = draw_image(model, *text, chance().manual_seed(0))
-    all_hidden = blank_image(model.cfg, 5, image_recipe(model.cfg), "cpu")
+    all_hidden = Canvas(*blank_image(model.cfg, 5), image_recipe(model.cfg))
     all_hidden.tokens = batch["image_tokens"]
     assert torch.equal(draw_image(model, *text, chance().manual_seed(0), all_hidden)[0], drawn)
     half = torch.arange(model.cfg.image_tokens) % 2 == 0
@@ -210,9 +210,9 @@ def test_a_pair_is_drawn_together_its_length_read_again(cfg, model, batch, monke
     said = iter([6, 6, 2])
     monkeypatch.setattr("nanomagvlt.decode.predict_length",
                         lambda model, tokens, is_masked: torch.full((5,), next(said)))
-    image = blank_image(cfg, 5, replace(image_recipe(cfg), steps=4), "cpu")
+    image = Canvas(*blank_image(cfg, 5), replace(image_recipe(cfg), steps=4))
     start = torch.full((5,), 3)
-    text = blank_text(cfg, start, replace(text_recipe(cfg), steps=4))
+    text = Canvas(*blank_text(cfg, start), replace(text_recipe(cfg), steps=4))
     _, _, lengths = draw_pair(model, image, text, start, torch.Generator().manual_seed(0))
     seen = [step.is_masked[0].tolist() for step in text.trace]
     assert seen[0][:4] == [True] * 3 + [False] and seen[1][3:6] == [True] * 3
@@ -285,8 +285,8 @@ def test_a_decoding_step_waits_for_nothing_and_makes_no_large_mask(task, order, 
             return original(*args)
         monkeypatch.setattr(decode_module, name, in_time)
     chance, lengths = torch.Generator().manual_seed(0), torch.tensor([1, 2, 3, 5, 6])
-    image = blank_image(cfg, 5, replace(image_recipe(cfg), order=order, steps=3), "cpu")
-    text = blank_text(cfg, lengths, replace(text_recipe(cfg), order=order, steps=3))
+    image = Canvas(*blank_image(cfg, 5), replace(image_recipe(cfg), order=order, steps=3))
+    text = Canvas(*blank_text(cfg, lengths), replace(text_recipe(cfg), order=order, steps=3))
     if task in ("draw", "guided"):
         draw_image(model, batch["text_tokens"], batch["text_lengths"], chance, image, 1.0 if task == "draw" else 2.0)
     elif task == "write":

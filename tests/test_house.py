@@ -8,19 +8,19 @@ PACKAGE = {path.stem: path for path in (ROOT / "nanomagvlt").glob("[!_]*.py")}
 FILES = [*PACKAGE.values(), *ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
 
 MAY_IMPORT = {
-    "config": "masking", "masking": "", "bpe": "", "shapes": "", "vqloss": "",
-    "sequence": "config", "vqgan": "config", "argvlt": "sequence masking", "model": "config sequence",
-    "objectives": "sequence masking", "decode": "sequence masking",
-    "readers": "shapes", "data": "bpe readers", "checkpoint": "bpe config model vqgan",
-    "metrics": "shapes data edit sequence", "captions": "data", "field": "", "inception": "",
-    "published": "bpe checkpoint config model vqgan",
-    "photos": "data readers",
-    "chunks": "data", "protocols": "bpe captions checkpoint chunks clip data edit field generate inception photos",
-    "compare": "data", "speed": "argvlt config decode model sequence",
+    "config": "masking", "masking": "", "bpe": "files", "shapes": "", "vqloss": "files", "chance": "", "files": "",
+    "sequence": "config", "vqgan": "config", "argvlt": "chance objectives sequence masking",
+    "model": "config sequence", "objectives": "sequence masking", "decode": "chance sequence masking",
+    "readers": "chance shapes", "data": "bpe chance files readers",
+    "checkpoint": "bpe config files model vqgan", "published": "bpe checkpoint config model vqgan",
+    "metrics": "shapes chance data edit sequence", "captions": "files", "field": "", "inception": "files",
+    "photos": "chance data readers", "chunks": "files",
+    "protocols": "bpe captions chance checkpoint chunks clip data edit field files generate inception photos",
+    "compare": "files", "speed": "argvlt config decode model sequence",
     "clip": "bpe", "edit": "bpe", "watch": "bpe decode model sequence",
     "parallel": "", "budget": "config model parallel sequence speed update",
-    "update": "argvlt bpe config data loop model objectives parallel sequence speed",
-    "loop": "config", "vqtrain": "checkpoint config data loop model shapes vqgan vqloss",
+    "update": "argvlt bpe chance config data loop model objectives parallel sequence speed",
+    "loop": "config", "vqtrain": "chance checkpoint config data loop model shapes vqgan vqloss",
     "generate": "argvlt bpe checkpoint config data decode model published sequence vqgan",
 }
 

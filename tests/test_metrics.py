@@ -146,8 +146,8 @@ class Habit(Knows):
 
 
 def test_who_knows_says_what_is_there_and_who_has_habits_what_is_usual():
-    for generator, seen in ((Knows(), 1), (Habit(), 0)):
-        results = evaluate_bias(generator, shapes.get_level("tiny-biased"), 10)
+    for pipeline, seen in ((Knows(), 1), (Habit(), 0)):
+        results = evaluate_bias(pipeline, shapes.get_level("tiny-biased"), 10)
         assert results["scenes"] == 10
         assert [results[name].value for name in ("i2t_seen", "t2i_asked", "i2t_usual", "t2i_usual")] == [
             seen, seen, 1 - seen, 1 - seen]

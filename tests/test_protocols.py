@@ -13,12 +13,11 @@ import eval
 from nanomagvlt import chunks, protocols
 from nanomagvlt.bpe import BPE, clean_caption
 from nanomagvlt.captions import score_captions
+from nanomagvlt.chance import keyed_generator, random_rows
 from nanomagvlt.clip import CLIP
 from nanomagvlt.config import preset
-from nanomagvlt.data import keyed_generator
 from nanomagvlt.field import Moments, frechet_distance
-from nanomagvlt.generate import load_generator
-from nanomagvlt.masking import random_rows
+from nanomagvlt.generate import load_pipeline
 from nanomagvlt.model import MAGVLT
 from nanomagvlt.vqgan import VQGAN
 from test_published import in_their_layout
@@ -77,7 +76,7 @@ def world(shared, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def load_once():
-    return cache(load_generator)
+    return cache(load_pipeline)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +90,7 @@ def small(world, load_once, tmp_path, monkeypatch):
     eye = Eye().requires_grad_(False)
     monkeypatch.setattr(eval, "load_inception", lambda path: eye)
     # The weights at this path are the same in all tests.
-    monkeypatch.setattr(eval, "load_generator", lambda path, *others: load_once(world / path, *others))
+    monkeypatch.setattr(eval, "load_pipeline", lambda path, *others: load_once(world / path, *others))
 
 
 def coco(protocol: str, out: str, *more: str, captions: str = "coco.json", images: str = "photos") -> list[str]:
@@ -166,21 +165,21 @@ def test_the_best_candidate_of_each_caption_and_its_scores():
     """Worked out again without any of the machinery."""
     eval.main(coco("t2i", "out", *T2I))
     eval.main(coco("t2i", "one", "--num", "13"))
-    content, generator = json.loads(Path("coco.json").read_text()), load_generator("runs/x/last.pt", "cpu")
+    content, pipeline = json.loads(Path("coco.json").read_text()), load_pipeline("runs/x/last.pt", "cpu")
     judge, scores = eval.load_judge("clip.pt", "bpe.txt"), result("out")["scores"]
     texts = [row["caption"] for row in sorted(content["annotations"], key=lambda row: row["image_id"])]
     chosen = [texts[i] for i in torch.randperm(len(texts), generator=keyed_generator("which items"))[:13]]
     tokens, first, best = column("out", "tokens"), column("one", "tokens"), []
     for i, text in enumerate(chosen):
-        three = torch.cat([generator.draw_tokens([text], keyed_generator(0, "t2i", i, c))[0] for c in range(3)])
-        cosines = judge.model.similarity(judge.look(generator.tokens_to_image(three)), judge.read([text])).flatten()
+        three = torch.cat([pipeline.draw_tokens([text], keyed_generator(0, "t2i", i, c))[0] for c in range(3)])
+        cosines = judge.model.similarity(judge.look(pipeline.tokens_to_image(three)), judge.read([text])).flatten()
         assert torch.equal(tokens[i], three[cosines.argmax()]) and torch.equal(first[i], three[0])
         best.append(max(0, cosines.max().item()))
     assert scores["CLIP score"] == pytest.approx(100 * np.mean(best), rel=1e-4)
     assert scores.keys() == {"FID", "FID-1", "FID-2", "FID-4", "FID-8", "IS", "IS deviation", "CLIP score"}
     eye, drawn, real = eval.load_inception(""), Moments(), Moments()
     photos = protocols.read_squares(protocols.read_photos(Path("coco.json"), Path("photos"))[0], 32)
-    for moments, pictures in ((drawn, generator.tokens_to_image(torch.stack(tokens))), (real, photos)):
+    for moments, pictures in ((drawn, pipeline.tokens_to_image(torch.stack(tokens))), (real, photos)):
         moments.update(eye(torch.tensor(pictures).permute(0, 3, 1, 2) / 255))
     assert scores["FID"] == pytest.approx(frechet_distance(drawn, real), rel=1e-4)
     assert not result("one")["scores"]
@@ -188,10 +187,10 @@ def test_the_best_candidate_of_each_caption_and_its_scores():
 
 def test_the_photographs_around_the_centre_stay():
     eval.main(coco("inpaint", "out", "--num", "13", "--inception", "eye.pth"))
-    generator = load_generator("runs/x/last.pt", "cpu")
+    pipeline = load_pipeline("runs/x/last.pt", "cpu")
     photos, _ = protocols.read_photos(Path("coco.json"), Path("photos"))
     items, _ = protocols.choose_items(photos, 13, all_captions=True)
-    given = generator.image_to_tokens(protocols.read_squares([item.photo for item in items], 32)).view(-1, 4, 4)
+    given = pipeline.image_to_tokens(protocols.read_squares([item.photo for item in items], 32)).view(-1, 4, 4)
     tokens, centre = torch.stack(column("out", "tokens")).view(-1, 4, 4), slice(1, 3)
     assert (tokens[:, centre, centre] != given[:, centre, centre]).any()
     tokens[:, centre, centre] = given[:, centre, centre]
@@ -229,7 +228,7 @@ def check_infilled(out: str, bpe: BPE, as_read) -> None:
 
 def test_infilling_keeps_the_words_around_the_middle():
     eval.main(coco("infill", "out"))
-    check_infilled("out", load_generator("runs/x/last.pt", "cpu").bpe, lambda caption: caption)
+    check_infilled("out", load_pipeline("runs/x/last.pt", "cpu").bpe, lambda caption: caption)
 
 
 @pytest.mark.parametrize("protocol", protocols.PROTOCOLS)

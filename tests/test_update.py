@@ -122,7 +122,7 @@ def test_a_whole_run_is_a_handful_of_graphs():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
 
 
-PLAIN = dict(unroll_mask=False, mixsel="off")
+PLAIN = dict(unroll_mask=False, mixsel="off", condition_dropout=0.0)
 
 
 @pytest.mark.parametrize("changes", [{}, {**PLAIN, "length_pass": "own"},
