@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-scenes", type=int, default=1000, help="at most this many unseen scenes (default 1000)")
     parser.add_argument("--phrasings", type=int, default=3, help="ways each is asked for (default 3)")
     parser.add_argument("--seed", type=int, default=0, help="of phrasings and decoding (default 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--out", type=Path, help="a JSON file for the results; for coco a folder")
     group = parser.add_argument_group("for table")
     group.add_argument("--pool", type=Path, default=Path("runs/pool"), help="its folder (default runs/pool)")

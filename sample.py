@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, help="a last.pt or best.pt (default: the newest runs/*/last.pt)")
     parser.add_argument("--num-samples", type=int, default=8, help="how many pictures or captions (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same device, same result (default 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the PNG to write (default samples.png)")
     parser.add_argument("--clean", action="store_true",
                         help="captions end at the first full stop and repeat no word, as in the authors' release")

@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from nanomagvlt.budget import budget
 from nanomagvlt.chance import batch_uniform, keyed_generator, keyed_seed
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, Parser, add_config_flags, config_from_args
 from nanomagvlt.data import TokenCache, make_batch, rows_of_step, write_cache
-from nanomagvlt.files import write_json
+from nanomagvlt.files import first_line, write_json
 from nanomagvlt.generate import Pipeline, contact_sheet, pick_device
 from nanomagvlt.loop import BAR, Clock, Finite, Interrupt, Log, Stopped, optimizer_for
 from nanomagvlt.model import MAGVLT, num_parameters
@@ -83,7 +84,8 @@ def get_caches(cfg: Config, run: Path, vqgan: VQGAN) -> dict[str, TokenCache]:
         elif source_of(cfg, split):
             counts = Counter()
             pairs = tqdm(pairs_of(cfg, split, counts), desc=f"cache {split}", unit="pair", **BAR)
-            caches[split] = write_cache(folder, pairs, vqgan, {"vqgan": digest, "source": source_of(cfg, split)}, cfg.clean_captions)
+            meta = {"vqgan": digest, "source": source_of(cfg, split)}
+            caches[split] = write_cache(folder, pairs, vqgan, meta, cfg.clean_captions)
             print(f"cache: {len(caches[split]):,} pairs -> {folder}{left_out(counts)}")
         if split in caches and caches[split].meta["vqgan"] != digest:
             raise DataError(f"{folder} was made with another VQ-GAN: name the right one with --vqgan, or delete it")
@@ -120,9 +122,10 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
         f"{cfg.steps:,} updates of {cfg.batch_size}" + (f", going on at step {step:,}" if step else ""))
 
     def save(name):
-        checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, model=averaged.state_dict(), bpe=bpe.to_text(),
-                        vqgan=pipeline.vqgan.state_dict(), trained=model.state_dict(),
-                        optimizer=optimizer.state_dict(), skipped=[is_finite.skipped, is_finite.in_a_row], **clock.read())
+        checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, model=averaged.state_dict(),
+                        vqgan=pipeline.vqgan.state_dict(), bpe=bpe.to_text(), trained=model.state_dict(),
+                        optimizer=optimizer.state_dict(), skipped=[is_finite.skipped, is_finite.in_a_row],
+                        **clock.read())
 
     one_pass = method_of(cfg).one_pass
     one_pass = torch.compile(one_pass, fullgraph=True) if cfg.compile else one_pass
@@ -222,17 +225,17 @@ def save_samples(pipeline: Pipeline, cache: TokenCache, path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------- from the command line
 
-def with_tokenizers(cfg: Config, args) -> Config:
-    """cfg with what a given VQ-GAN and given merges fix. Raises ValueError where a flag says otherwise."""
-    if cfg.vqgan:
-        fixed = {name: getattr(checkpoint.load(cfg.vqgan, "vqgan")["config"], name) for name in VQGAN_FIELDS}
-        for name, value in fixed.items():
-            if getattr(args, name, value) != value:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}, but {cfg.vqgan} has {value}: "
-                                 "leave the flag out")
-        cfg = dataclasses.replace(cfg, **fixed)
-    # Of merges that are still to be trained, the most there can be.
-    return dataclasses.replace(cfg, text_vocab=BPE.load(cfg.bpe).vocab_size if cfg.bpe else 0).check()
+def with_tokenizers(args) -> None:
+    """Adds to the flags what a given VQ-GAN and given merges fix. Raises ValueError where a flag says otherwise."""
+    given = vars(args)  # flags alone: what is not said is not there
+    if given.get("vqgan"):
+        theirs = checkpoint.load(args.vqgan, "vqgan")["config"]
+        for name in VQGAN_FIELDS:
+            if given.setdefault(name, getattr(theirs, name)) != getattr(theirs, name):
+                raise ValueError(f"--{name.replace('_', '-')} {given[name]}, but {args.vqgan} has "
+                                 f"{getattr(theirs, name)}: leave the flag out")
+    if given.get("bpe"):  # else the most there can be
+        args.text_vocab = BPE.load(args.bpe).vocab_size
 
 
 def settle(cfg: Config, run: Path) -> None:
@@ -242,7 +245,7 @@ def settle(cfg: Config, run: Path) -> None:
         before = json.loads(path.read_text())
         changed = [name for name in settings if json.loads(json.dumps(settings[name])) != before.get(name)
                    and name not in MAY_CHANGE]
-        if changed and any(file != path for file in run.iterdir()):  # else nothing was done there yet
+        if changed and any(file != path and file.stat().st_size for file in run.iterdir()):  # else nothing is done yet
             name = changed[0]
             raise DataError(f"{run} was begun with {name} = {before.get(name)}, now it is {settings[name]}: "
                             "take another --name, or delete the folder")
@@ -260,50 +263,71 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="train.py", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--name", help="the run: runs/NAME (default: the preset's name)")
     parser.add_argument("--stage", choices=STAGES, default="model", help="stop after this stage (default: the last)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and do nothing")
     add_config_flags(parser)
     args = parser.parse(argv)
-    cfg = config_from_args(parser, args)
     run = Path("runs") / (args.name or args.preset)
-    if not cfg.data and not (cfg.cache and cfg.vqgan) and not args.dry_run:
-        parser.error(f"preset {args.preset} names no pairs: give --data, or --cache and --vqgan (see data/README.md)")
     try:
-        device = parallel.begin(pick_device(args.device))
-        num_parts = cfg.batch_size // (cfg.micro_batch or cfg.batch_size)
-        if num_parts % parallel.world():
-            raise ValueError(f"{parallel.world()} processes cannot share batches of {num_parts} parts: batch_size / "
-                             "micro_batch must be a multiple of the processes")
-        cfg = with_tokenizers(cfg, args)
-        with torch.device("meta"):
-            size = num_parameters(MAGVLT(cfg))
-        threads, others = torch.get_num_threads(), parallel.world() - 1
-        say(f"{device} ({threads} CPU thread{'s' * (threads > 1)}), {f'{others + 1} processes, ' * (others > 0)}"
-            f"preset {args.preset}, transformer of at most {size:,} parameters -> {run}/")
-        if parallel.rank() == 0 and args.dry_run:
-            print(budget(cfg, device))
-        elif parallel.rank() == 0:
-            settle(cfg, run)
-        if not args.dry_run:
-            stages(cfg, run, device, args.stage)
-    except Stopped as what:
+        with_tokenizers(args)
+        cfg = config_from_args(parser, args)
+        if problem := lacks(cfg, args):
+            parser.error(problem)
+        device = pick_device(parallel.local_device(args.device))
+        parallel.begin(device)
+        start(cfg, run, device, args)
+    except Stopped as what:  # in all processes, after the same update
         say(f"stopped: {what}; the same command goes on from there")
+        parallel.end()
         sys.exit(130)  # not 0: `train.py && sample.py` is not to go on with half a model
     except KeyboardInterrupt:  # between the training loops; what is unfinished there is done anew
-        parser.exit(130, "stopped; the same command goes on from the last finished stage\n")
-    except (DataError, checkpoint.CheckpointError, ValueError) as error:
-        complain(parser, str(error))
+        complain("stopped; the same command goes on from the last finished stage", 130)
+    except torch.OutOfMemoryError as error:
+        complain(f"out of memory on {device}: try a smaller --micro-batch ({first_line(error)})")
     except OSError as error:
-        complain(parser, f"{error.filename or run}: {error.strerror or error}")
-    finally:
-        parallel.end()
+        complain(f"{error.filename or run}: {error.strerror or error}")
+    except ValueError as error:  # a DataError and a CheckpointError, too
+        complain(str(error))
+    except Exception:
+        traceback.print_exc()
+        parallel.fail(1)
+    parallel.end()
 
 
-def complain(parser: Parser, line: str) -> None:
-    """Ends with status 2 and, in the first process, the line."""
+def lacks(cfg: Config, args) -> str:
+    """What must be given besides, as one line; "" if nothing."""
+    if not cfg.data and not (cfg.cache and cfg.vqgan) and not args.dry_run:
+        return f"preset {args.preset} names no pairs: give --data, or --cache and --vqgan (see data/README.md)"
+    if args.preset in ("base", "large") and not (cfg.vqgan and cfg.bpe) and not args.dry_run:
+        return (f"preset {args.preset} wants --vqgan and --bpe, tokenizers of images and of texts that others have "
+                "trained at that scale: see data/README.md")
+    return ""
+
+
+def start(cfg: Config, run: Path, device: torch.device, args) -> None:
+    """Looks whether the settings fit what there is, says what is to be done, and does it."""
+    num_parts, others = cfg.batch_size // (cfg.micro_batch or cfg.batch_size), parallel.world() - 1
+    if num_parts % parallel.world():
+        raise ValueError(f"{parallel.world()} processes cannot share batches of {num_parts} parts: batch_size / "
+                         "micro_batch must be a multiple of the processes")
+    with torch.device("meta"):
+        size = num_parameters(MAGVLT(cfg))
+    threads = torch.get_num_threads()
+    say(f"{device} ({threads} CPU thread{'s' * (threads > 1)}), {f'{others + 1} processes, ' * (others > 0)}"
+        f"preset {args.preset}, transformer of at most {size:,} parameters -> {run}/")
+    if args.dry_run:
+        say(budget(cfg, device))
+        return
     if parallel.rank() == 0:
-        parser.error(line)
-    sys.exit(2)
+        settle(cfg, run)
+    stages(cfg, run, device, args.stage)
+
+
+def complain(line: str, status: int = 2) -> None:
+    """Ends this process with one line."""
+    who = f" (process {parallel.rank()})" if parallel.rank() else ""
+    print(f"train.py: {line}{who}", file=sys.stderr)
+    parallel.fail(status)
 
 
 def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
@@ -324,6 +348,7 @@ def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
     torch.manual_seed(keyed_seed(cfg.seed, "weights"))
     pipeline = Pipeline(MAGVLT(cfg).to(device), vqgan, bpe, cfg)
     train_model(cfg, run, caches, pipeline)
+    torch.set_float32_matmul_precision("highest")
     if parallel.rank() > 0:
         return
     minutes = (time.monotonic() - started) / 60

@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of shapes and crops (default 0)")
     parser.add_argument("--clean-captions", action="store_true",
                         help="the MAGVLT release's clean-up: lower case, no - or /, no leading marks")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     group = parser.add_argument_group("looking first")
     group.add_argument("--inspect", action="store_true", help="count, measure and show what is in a source")
     group.add_argument("--bpe", type=Path, help="merges: caption lengths in tokens instead of words")

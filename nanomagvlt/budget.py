@@ -54,6 +54,7 @@ def budget(cfg: Config, device: torch.device) -> str:
     activations = one + (at_once - 1) * pair
     if parallel.world() > 1:
         state += 4 * parameters  # the gradients in one piece, to be added up
+    torch.set_float32_matmul_precision("high")  # as train.py
     rate = matrix_rate(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
     seconds = an_update / (REACHED * rate * parallel.world())
     gib = 2 ** 30

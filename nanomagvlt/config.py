@@ -244,7 +244,7 @@ PRESETS = {
                  vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32, vq_patchwise=False, layers=24,
                  width=1024, heads=8, dropout=0.1, init_std=0.02, position_start="normal", length_places=16,
                  task_weights=(8.0, 1.0, 1.0), length_weight=0.01, length_pass="main", unroll_mask=True,
-                 mixsel="select", label_smoothing=0.1, steps=40_000, batch_size=4096, micro_batch=64,
+                 mixsel="select", label_smoothing=0.1, save_every=200, steps=40_000, batch_size=4096, micro_batch=64,
                  precision="bf16", compile=True, lr=4.5e-4, lr_fall=1.0,
                  warmup=1000, ema=0.9999, image_steps=10, image_temperature=(1.4, 0.6), image_noise=(2.0, 0.2),
                  text_steps=12, text_order="gumbel"),

@@ -136,7 +136,8 @@ class Pipeline:
         image = image or decode.blank_image(cfg, count)
         is_known = text is not None
         if not is_known:
-            for_lengths = torch.Generator().manual_seed(generator.initial_seed())  # else row 0 would depend on the batch
+            # With a generator of their own: else row 0 would depend on how many rows there are.
+            for_lengths = torch.Generator().manual_seed(generator.initial_seed())
             lengths = torch.randint(8, 17, (count,), generator=for_lengths).clamp(max=cfg.text_length)
             words, to_fill = decode.blank_text(cfg, lengths)
             text = words, lengths, to_fill
@@ -191,19 +192,24 @@ def load_pipeline(path: str | Path, device: str = "auto", bpe_file: str | Path =
     else:
         model, vqgan, bpe = checkpoint.load_magvlt(path)
     device = pick_device(device)
-    return Pipeline(model.to(device), vqgan.to(device), bpe, model.cfg)
+    # What was trained in bfloat16 draws in it, on a GPU; the VQ-GAN stays as it is, since a code is soon another.
+    dtype = torch.bfloat16 if model.cfg.precision == "bf16" and device.type == "cuda" else torch.float32
+    return Pipeline(model.to(device, dtype), vqgan.to(device), bpe, model.cfg)
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, then MPS, then the CPU. Raises ValueError for a device that is not there.
+    """auto: CUDA, or else the CPU. Raises ValueError for a device that is not there.
 
     On CUDA convolutions are set to full float32: in TF32, PyTorch's default, an image's nearest codes may be others.
+    And attention is kept from cuDNN, which some versions of PyTorch prefer on the newest GPUs: with masks its gradients
+    have been wrong for some lengths, and so has its dropout. (Apple's MPS has no float64, which counting places wants.)
     """
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name}: give auto, cpu, cuda, cuda:1 or mps")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: give auto, cpu, cuda or cuda:1")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # the latter is how PyTorch says that it was built without CUDA

@@ -17,6 +17,7 @@ Read on in sequence.py.
 """
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -103,6 +104,7 @@ def order_scores(order: str, confidence: Tensor, noise: float, uniform: Tensor, 
     raise ValueError(f"no order {order!r}; there are: {', '.join(ORDERS)}")
 
 
+@cache
 def halton_rank(rows: int, columns: int) -> Tensor:
     """When each place of a grid is first met by the Halton sequence of bases 2 and 3: (rows x columns,), 0 is first."""
     rank, i = {}, 0

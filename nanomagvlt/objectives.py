@@ -64,15 +64,15 @@ def loss_terms(model, task: str, batch: Batch, uniform: Uniform,
     image_is_masked, text_is_masked = hide(task, *may_hide(task, batch), uniform, "main", cfg)
 
     seq = sequence.build(task, cfg, batch["image_tokens"], image_is_masked, text_tokens, text_is_masked, lengths)
-    loss, logits, states = run(model, task, seq, batch, counts.get("mask"))
+    loss, logits, length_logits = run(model, task, seq, batch, counts.get("mask"))
+    terms = {"mask": loss}
+    if length_logits is not None:
+        terms["length"] = length_loss(length_logits, lengths, counts.get("length"))
+    yield terms
     if cfg.unroll_mask and task != "it2it":
         # No gradient flows through a guess: it is a number, drawn from the main pass's logits at temperature 1.
-        guessed, _ = sample(logits.detach(), uniform("unroll guesses", logits.shape[1]))             # (B, N) or (B, T)
-    terms = {"mask": loss}
-    if task != "t2i" and cfg.length_pass == "main":
-        terms["length"] = length_loss(model, states, seq, lengths, counts.get("length"))
-    yield terms
-    del terms, loss, logits, states  # else the main pass's memory would be held through the next
+        guessed, _ = sample(logits, uniform("unroll guesses", logits.shape[1]))                      # (B, N) or (B, T)
+    del terms, loss, logits, length_logits  # else the main pass's memory would be held through the next
 
     if task != "t2i" and cfg.length_pass == "own":
         # In the main pass BOT does not see the text, but the image places do, and BOT sees those: from the second
@@ -80,8 +80,8 @@ def loss_terms(model, task: str, batch: Batch, uniform: Uniform,
         # yet. So here the text is what it is there: a fixed number of masked places.
         seq_length = sequence.build_for_length(cfg, batch["image_tokens"], image_is_masked)
         with bfloat16_if_wanted(cfg, seq_length):
-            states = model(seq_length)
-        yield {"length": length_loss(model, states, seq_length, lengths, counts.get("length"))}
+            length_logits = model.length_logits(model(seq_length), seq_length.layout)                # (B, T)
+        yield {"length": length_loss(length_logits, lengths, counts.get("length"))}
     if cfg.unroll_mask and task != "it2it":
         yield {"unroll": unroll_mask(model, task, batch, image_is_masked, text_is_masked, guessed, uniform,
                                      counts.get("unroll"), run)}
@@ -139,11 +139,14 @@ def drop_captions(batch: Batch, uniform: Uniform, cfg) -> Batch:
 
 
 def one_pass(model, task: str, seq: sequence.Sequence, targets: Batch,
-             counts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Reads a sequence and scores it: loss, logits as score() gives them, and states (B, L, D)."""
+             counts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Reads a sequence and scores it: loss, logits as score() gives them and, if cfg.length_pass is "main" and there is
+    a text to be written, length logits (B, T). Compiled it is one graph, so nothing large comes out with a gradient."""
     with bfloat16_if_wanted(model.cfg, seq):
         states = model(seq)                                                                          # (B, L, D)
-        return *score(model, task, states, seq, targets, counts), states
+        loss, logits = score(model, task, states, seq, targets, counts)
+        asks_length = model.cfg.length_pass == "main" and task != "t2i"
+        return loss, logits.detach(), model.length_logits(states, seq.layout) if asks_length else None
 
 
 def bfloat16_if_wanted(cfg, seq: sequence.Sequence) -> torch.autocast:
@@ -183,11 +186,10 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, is_masked: Tensor, smo
     return total / (is_masked.sum() if count is None else count).clamp(min=1)
 
 
-def length_loss(model, states: Tensor, seq: sequence.Sequence, lengths: Tensor,
-                count: Tensor | None = None) -> Tensor:
-    """L_TL (section 3.2): the cross entropy of the captions' lengths (B,), class i for length i + 1. A mean over count
-    captions, if not over those of this batch."""
-    total = F.cross_entropy(model.length_logits(states, seq.layout), lengths - 1, reduction="sum")
+def length_loss(logits: Tensor, lengths: Tensor, count: Tensor | None = None) -> Tensor:
+    """L_TL (section 3.2): the cross entropy of the captions' lengths (B,), class i of the logits (B, T) for length
+    i + 1. A mean over count captions, if not over those of this batch."""
+    total = F.cross_entropy(logits.float(), lengths - 1, reduction="sum")
     return total / (len(lengths) if count is None else count)
 
 

@@ -6,22 +6,30 @@ piece, when all of its parts are done. So it does not matter that some weights h
 """
 import argparse
 import os
+import sys
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 
-def begin(device: torch.device) -> torch.device:
-    """Joins the others, if torchrun started them; the device of this process."""
-    if "LOCAL_RANK" not in os.environ:
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    # The others wait while the first writes, validates and draws: let them.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+def local_device(device: str) -> str:
+    """auto and cuda are, under torchrun, this process's own GPU, if there is one."""
+    if "LOCAL_RANK" in os.environ and (device == "cuda" or device == "auto" and torch.cuda.is_available()):
+        return f"cuda:{os.environ['LOCAL_RANK']}"
     return device
+
+
+def begin(device: torch.device) -> None:
+    """Joins the others, if torchrun started them, to compute on this device."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    # The others wait while the first writes, validates and draws: let them.
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=12),
+                            device_id=device if on_gpu else None)
 
 
 def rank() -> int:
@@ -60,8 +68,19 @@ def wait() -> None:
 
 
 def end() -> None:
+    """Takes leave of the others, who do the same."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def fail(status: int) -> None:
+    """Ends this process after an error. The others may be waiting for it in the middle of an update, and taking leave
+    of them would wait, too: so it ends at once, and torchrun then ends the others."""
+    if world() == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 # ---------------------------------------------------------------------------------------------- work in shares
@@ -83,7 +102,5 @@ def share_of_work(part: tuple[int, int] | None, device: str) -> tuple[tuple[int,
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if part:
             raise ValueError("--part under torchrun: give one of them")
-        part = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if device == "cuda" or device == "auto" and torch.cuda.is_available():
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        part, device = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])), local_device(device)
     return part, device

@@ -57,7 +57,7 @@ class Parts:
         batches = [make_batch(self.cache, self.bpe, rows[part], cfg, cfg.bpe_dropout,
                               (cfg.seed, "bpe dropout", step, part.start)) for part in parts]
         if self.device.type == "cuda":  # from pinned memory they are copied while the GPU works
-            batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
+            batches = [{name: tensor.contiguous().pin_memory() for name, tensor in batch.items()} for batch in batches]
         return list(zip(parts, batches))
 
 

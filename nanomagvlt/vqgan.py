@@ -261,7 +261,8 @@ class Codebook:
         distance = (z - centres).square().sum(1)                                                   # (M,) to the nearest
         for uniform in torch.rand(v - 1, generator=generator, dtype=torch.float64).to(z.device):
             cumulative = distance.double().cumsum(0)
-            chosen = z[torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(z) - 1)][None]
+            place = torch.searchsorted(cumulative, uniform * cumulative[-1:], right=True).clamp(max=len(z) - 1)  # (1,)
+            chosen = z[place]                                                                      # (1, c)
             centres = torch.cat([centres, chosen])
             distance = torch.minimum(distance, (z - chosen).square().sum(1))
         self.weight.copy_(centres)

@@ -42,6 +42,9 @@ def train_vqgan(cfg: Config, pairs: Iterable[Pair], path: Path, device: torch.de
             step += 1
             bar.update()
             if step % cfg.log_every == 0:
+                if not all(term.isfinite() for term in terms.values()):
+                    raise ValueError(f"the VQ-GAN's loss is not finite at step {step:,}: try a smaller --vq-lr, under "
+                                     "another --name")
                 share, perplexity = codebook_use(codes, cfg.codebook_size)
                 log.write(step=step, used=share, perplexity=perplexity, **{n: t.item() for n, t in terms.items()})
                 bar.set_postfix_str(f"l1 {terms['l1'].item():.4f}, perplexity {perplexity:.1f}, {share:.0%} of codes",
@@ -106,7 +109,9 @@ def update_vqgan(players: Players, cfg: Config, images: np.ndarray,
     if step == cfg.vq_start:
         first = to_pixels(images[rows_of_step(0, min(512, len(images)), len(images), cfg.seed)]).to(device)
         with torch.no_grad():
-            codebook.start(as_rows(model.features(first)), keyed_generator(cfg.seed, "codebook start"))
+            at_once = max(1, 2 ** 21 // cfg.image_size ** 2)  # of large images not all, for the memory's sake
+            z = torch.cat([model.features(part) for part in first.split(at_once)])
+            codebook.start(as_rows(z), keyed_generator(cfg.seed, "codebook start"))
 
     pixels = to_pixels(images[rows_of_step(step, cfg.vq_batch, len(images), cfg.seed)]).to(device)   # (B, 3, S, S)
     lr = learning_rate(step, cfg.vq_lr, 50, cfg.vq_steps)

@@ -115,7 +115,7 @@ def test_mistakes_before_anything_is_trained(script, argv, message, capsys):
     (["--prompt", "x", "--temperature", "nan"], "image_temperature (nan, nan) must be finite"),
     (["--prompt", "x", "--temperature", "1e-40"], "image_temperature (1e-40, 1e-40) must be two numbers >= 0.001"),
     (["--image", "text.png", "--temperature", "0"], "text_temperature 0.0 must be at least 0.001"),
-    (["--prompt", "x", "--device", "meta"], "--device meta: give auto, cpu, cuda, cuda:1 or mps"),
+    (["--prompt", "x", "--device", "meta"], "--device meta: give auto, cpu, cuda or cuda:1"),
     (["--prompt", "x", "--top-k", "-1"], "image_top_k -1"),
     (["--prompt", "x", "--out", "no/such/folder.png"], "--out no/such/folder.png: there is no folder no/such"),
     (["--prompt", "x", "--checkpoint", "text.png"], "text.png: not a checkpoint"),
