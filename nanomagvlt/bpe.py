@@ -7,7 +7,7 @@ training a tenth of the merges is left out at random (appendix A: BPE dropout 0.
 word cut in many ways.
 
 How to read on: `split_clip` cuts a text into words, `merge` is the algorithm, `BPE.train` finds the merges.
-`python -m nanomagvlt.bpe` shows all three at work.
+`python -m nanomagvlt.bpe` shows all three at work. Then read on in argvlt.py.
 """
 import gzip
 import heapq

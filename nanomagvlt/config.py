@@ -53,7 +53,7 @@ class Config:
     vq_lr: float = 2e-3                      # peak learning rate
     vq_commitment: float = 0.25              # weight of the commitment loss
     vq_decay: float = 0.95                   # moving average of the codebook, per update
-    vq_critic: bool = False                  # an adversary judges reconstructions (chapter 7); P yes
+    vq_critic: bool = False                  # a PatchGAN discriminator judges reconstructions (chapter 7); P yes
     vq_critic_channels: int = 64             # of its first layer
     vq_critic_start: int = 500               # updates before it counts
     vq_critic_ramp: int = 200                # updates over which its share rises to the whole

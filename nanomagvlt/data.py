@@ -8,7 +8,7 @@ many processes as there are; join_parts() puts the parts together. A part that i
 
 All that is random depends on (seed, place, purpose), not on history: resuming at update 1000 needs no saved state.
 
-Shapes: B batch, S image side in pixels, N image tokens, T text places, V the bytes of captions.
+Shapes: B batch, S image side in pixels, N image tokens, T text places, V the bytes of captions. Read on in train.py.
 """
 import contextlib
 import json

@@ -11,7 +11,8 @@ words, and so check every fact of a picture or a caption, with nothing learned i
 
 Text to image is exact if `judge(parse(prompt), reading.scene).exact and reading.is_clean`; image to text
 if `judge(parse(caption), true_scene).exact`. Read on from the top: world, drawing, words, judging.
-`python -m nanomagvlt.shapes` shows the work; `python -m nanomagvlt.shapes sheet.png` also draws it.
+`python -m nanomagvlt.shapes` shows the work; `python -m nanomagvlt.shapes sheet.png` also draws it. Then read on in
+readers.py.
 """
 
 import difflib

@@ -1,15 +1,16 @@
 """Chapter 7 - What trains the VQ-GAN: a painter and a critic (Esser et al., CVPR 2021, section 3.1).
 
-The painter (the VQ-GAN) wants its reconstruction to be near the image: in pixels, and, where the weights for it are
-given, in the features of a network that has learnt to see (LPIPS: Zhang et al., CVPR 2018). Pixels alone make blurred
-pictures, since the average of all that is possible is the safest guess. So a critic learns to tell image from
-reconstruction, patch by patch, and the painter learns to please it too.
+The painter (the GAN's generator: here the whole VQ-GAN) wants its reconstruction to be near the image: in pixels, and,
+where the weights for it are given, in the features of a network that has learnt to see (LPIPS: Zhang et al., CVPR
+2018). Pixels alone make blurred pictures, since the average of all that is possible is the safest guess. So a critic
+(the GAN's discriminator, a PatchGAN) learns to tell image from reconstruction, patch by patch, and the painter learns
+to please it too.
 
 The two players are two functions, painter_loss() and critic_loss(). They take turns, and neither is to move the
 other: the painter's gradient runs through the critic but changes nothing there, the critic sees reconstructions as
 given pictures.
 
-Shapes: B batch, S image side. Pixels are in [-1, 1]. Read on in vqtrain.py.
+Shapes: B batch, S image side. Pixels are in [-1, 1]. The loop is in vqtrain.py. Read on in bpe.py.
 """
 from pathlib import Path
 

@@ -1,9 +1,9 @@
-"""Chapter 7, continued - Training the VQ-GAN: whose turn it is, and what is kept.
+"""Appendix - Training the VQ-GAN of chapters 6 and 7: whose turn it is, and what is kept.
 
 train_vqgan() is the loop, update_vqgan() one turn of both players of vqloss.py. The codebook comes in late: until then
 the painter is a plain autoencoder. The critic comes in later still, once there is something to criticise.
 
-Shapes: B batch, S image side, G = S / patch. Read on in bpe.py.
+Shapes: B batch, S image side, G = S / patch.
 """
 import math
 from collections.abc import Iterable
