@@ -46,6 +46,7 @@ def scenes(args) -> None:
 def edit(args) -> None:
     """Inpainting and infilling, beside the same without the other modality, and beside T2I and I2T."""
     pipeline, level = small_world(args)
+    print("hides, fills in and judges all of them in some ways: minutes ...", flush=True)
     results = metrics.evaluate_editing(pipeline, level, args.num_scenes, args.phrasings, args.seed)
     whole = metrics.evaluate_scenes(pipeline, level, args.num_scenes, args.phrasings, args.seed)
     results |= {"t2i": whole["t2i_exact"], "i2t": whole["i2t_exact"]}
@@ -258,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="what to measure (default scenes)")
     parser.add_argument("--checkpoint", type=Path, help="a last.pt or best.pt (default: the newest runs/*/last.pt)")
     parser.add_argument("--num-scenes", type=int, default=1000, help="at most this many unseen scenes (default 1000)")
-    parser.add_argument("--phrasings", type=int, default=3, help="ways each is asked for (default 3)")
+    parser.add_argument("--phrasings", type=int, default=2, help="ways each is asked for (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of phrasings and decoding (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--out", type=Path, help="a JSON file for the results; for coco a folder")

@@ -166,13 +166,12 @@ def decoding_settings(args) -> dict:
 def read_chooser(args, pipeline: Pipeline):
     """The function that says how well each of several pictures (B, S, S, 3) and one text, or one picture and several
     texts, go together: (B,), higher is better. None if nobody chooses."""
-    if args.judge and not pipeline.cfg.data.startswith("shapes:"):
+    level = shapes.level_of(pipeline.cfg.data)
+    if args.judge and not level:
         raise ValueError("--judge judges shapes only: give --clip FILE")
     if args.judge and args.prompt is not None and shapes.parse(args.prompt) is None:
         raise ValueError(f"--judge does not understand {args.prompt!r}: say it as the captions of shapes do")
     if args.judge:
-        level = shapes.get_level(pipeline.cfg.data.removeprefix("shapes:"))
-
         def judge(pictures: np.ndarray, texts: list[str]) -> np.ndarray:
             pairs = [(reading, shapes.judge(shapes.parse(text), reading.scene))
                      for reading in shapes.read_images(pictures, level) for text in texts]
@@ -239,7 +238,7 @@ def make_pictures(args, pipeline: Pipeline, generator: torch.Generator, chooser)
     labels = [""] * count
     if chooser:
         scores = chooser(pictures, [args.prompt])
-        best = np.argsort(-scores, kind="stable")[:args.num_samples]
+        best = highest(scores, args.num_samples)
         pictures, labels = pictures[best], [f"{scores[i]:.3f}" for i in best]
         print(f"the best {len(best)} of {count}: {', '.join(labels)}")
     sheets = {args.out: contact_sheet(pictures, labels) if len(pictures) > 1 else Image.fromarray(pictures[0])}
@@ -251,6 +250,11 @@ def make_pictures(args, pipeline: Pipeline, generator: torch.Generator, chooser)
         sheets[beside(args.out, "attention.png")] = watch.attention_sheet(steps, maps)
     save(sheets, films)
     print(f"{count} x {args.prompt!r} ({seconds:.2f} s a picture){f', the best {len(pictures)}' * bool(chooser)}")
+
+
+def highest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Where the `count` highest of the scores are, the best first; of equal ones the first."""
+    return np.argsort(-scores, kind="stable")[:count]
 
 
 def beside(out: Path, name: str) -> Path:
@@ -278,10 +282,7 @@ def make_captions(args, pipeline: Pipeline, generator: torch.Generator, chooser)
     """Captions an image or, in a given text, fills in what is missing."""
     count, cfg = args.candidates or args.num_samples, pipeline.cfg
     picture = np.stack([square(read_image(args.image), cfg.image_size)])                             # (1, S, S, 3)
-    known = ()
-    if args.text is not None:
-        text_tokens, length, to_fill = edit.read_masked_text(args.text, pipeline.bpe, cfg.text_length)
-        known = text_tokens.expand(count, -1), length.expand(count), to_fill.expand(count, -1)
+    known = known_text(args, pipeline, count) or ()
     started = time.monotonic()
     text_tokens, lengths, trace = pipeline.write_tokens(pipeline.image_to_tokens(picture).expand(count, -1), generator,
                                                          *known)
@@ -289,13 +290,21 @@ def make_captions(args, pipeline: Pipeline, generator: torch.Generator, chooser)
     seconds, chosen = (time.monotonic() - started) / count, ""
     if chooser:
         scores = chooser(picture, captions)
-        best = np.argsort(-scores, kind="stable")[:args.num_samples]
+        best = highest(scores, args.num_samples)
         captions, chosen = [f"{captions[i]}  ({scores[i]:.3f})" for i in best], f", the best {len(best)}"
     print(f"{count} x {args.image} ({seconds:.2f} s a caption){chosen}:")
     for caption in map(clean_written, captions) if args.clean else captions:
         print(printable(caption))
     if args.trace:
         print("the first, step by step:\n" + printable(watch.text_table(pipeline.bpe, trace, int(lengths[0]))))
+
+
+def known_text(args, pipeline: Pipeline, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """What --text gives, `count` times: tokens (B, T), lengths (B,), where to fill (B, T). None without it."""
+    if args.text is None:
+        return None
+    text_tokens, length, to_fill = edit.read_masked_text(args.text, pipeline.bpe, pipeline.cfg.text_length)
+    return text_tokens.expand(count, -1), length.expand(count), to_fill.expand(count, -1)
 
 
 def printable(text: str) -> str:
@@ -305,15 +314,13 @@ def printable(text: str) -> str:
 
 def make_pairs(args, pipeline: Pipeline, generator: torch.Generator) -> None:
     """Draws images and writes their captions at once, from nothing or from a part of each."""
-    cfg, count, known_image, known_text = pipeline.cfg, args.num_samples, None, None
+    cfg, count, known_image = pipeline.cfg, args.num_samples, None
     if args.image:
         picture = read_image(args.image)
         tokens = pipeline.image_to_tokens(np.stack([square(picture, cfg.image_size)]))
         known_image = tokens.expand(count, -1), places_to_fill(args, count, cfg.grid, picture)
-    if args.text is not None:
-        text_tokens, length, to_fill = edit.read_masked_text(args.text, pipeline.bpe, cfg.text_length)
-        known_text = text_tokens.expand(count, -1), length.expand(count), to_fill.expand(count, -1)
-    image_tokens, text_tokens, lengths, (image, text) = pipeline.make_pairs(count, generator, known_image, known_text)
+    image_tokens, text_tokens, lengths, (image, text) = pipeline.make_pairs(count, generator, known_image,
+                                                                            known_text(args, pipeline, count))
     captions = pipeline.read_texts(text_tokens, lengths, cut=args.text is None)
     save({args.out: contact_sheet(pipeline.tokens_to_image(image_tokens), list(map(printable, captions)))},
          film_sheets(args, pipeline, image.trace) if args.trace else {})

@@ -10,7 +10,6 @@ cut them. tokenize() does the same in its manner: equal on COCO's captions, not 
 """
 import importlib
 import importlib.util
-import json
 import math
 import shutil
 from collections import Counter
@@ -154,33 +153,6 @@ def check_captions(results: dict[Hashable, str], references: dict[Hashable, list
 def write_results_json(path: str | Path, results: dict[Hashable, str]) -> None:
     """Captions in COCO's results format, which the evaluation server and pycocoevalcap read."""
     write_json(Path(path), [{"image_id": image, "caption": text} for image, text in results.items()])
-
-
-def read_captions_json(path: str | Path) -> dict[Hashable, list[str]]:
-    """Captions by image id, from COCO's results format or its annotations. Raises ValueError, one line."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        rows = content["annotations"] if isinstance(content, dict) else content
-        captions: dict[Hashable, list[str]] = {}
-        for row in rows:
-            if not isinstance(row["caption"], str) or not isinstance(row["image_id"], (int, str)):
-                raise TypeError(f"not a caption: {row}")
-            captions.setdefault(row["image_id"], []).append(row["caption"])
-        return captions
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise ValueError(f"{path}: no list of image_id and caption, as COCO has them ({reason})") from None
-
-
-def read_results_json(path: str | Path) -> dict[Hashable, str]:
-    """The one caption of each image, from COCO's results format. Raises ValueError where an image has two."""
-    captions = read_captions_json(path)
-    for image, texts in captions.items():
-        if len(texts) > 1:
-            raise ValueError(f"{path}: image {image!r} has {len(texts)} captions")
-    return {image: texts[0] for image, texts in captions.items()}
 
 
 def java_metrics(results: dict[Hashable, str], references: dict[Hashable, list[str]]) -> tuple[dict[str, float], str]:

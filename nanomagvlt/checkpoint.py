@@ -9,6 +9,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from nanomagvlt.bpe import BPE
 from nanomagvlt.config import Config, from_dict
@@ -54,30 +55,38 @@ def load(path: str | Path, kind: str) -> dict:
 def load_vqgan(path: str | Path) -> VQGAN:
     """The VQ-GAN of a "vqgan" checkpoint, in evaluation mode. Raises CheckpointError."""
     content = load(path, "vqgan")
-    return _filled(VQGAN, content["config"], content["vqgan"], path).eval()
+    return filled(VQGAN, content["config"], content["vqgan"], path)
 
 
 def load_magvlt(path: str | Path) -> tuple[MAGVLT, VQGAN, BPE]:
     """The transformer, VQ-GAN and text tokenizer of a "magvlt" checkpoint, ready to sample. Raises CheckpointError."""
     content = load(path, "magvlt")
     cfg = content["config"]
-    return (_filled(MAGVLT, cfg, content["model"], path).eval(), _filled(VQGAN, cfg, content["vqgan"], path).eval(),
+    return (filled(MAGVLT, cfg, content["model"], path), filled(VQGAN, cfg, content["vqgan"], path),
             BPE.from_text(content["bpe"]))
 
 
-def _filled(kind: type[torch.nn.Module], cfg: Config, state: dict, path: str | Path) -> torch.nn.Module:
-    """A module that takes the loaded tensors for its own: nothing is initialised in vain, nothing copied."""
+def filled(kind: type[nn.Module], cfg: Config, state: dict[str, Tensor], path: str | Path) -> nn.Module:
+    """A module in evaluation mode that takes the tensors of state, as float32, for its own: nothing is initialised in
+    vain, nothing copied. Raises CheckpointError where one has not exactly the right name and shape."""
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor)
+                                              for name, tensor in state.items()):
+        raise CheckpointError(f"{path}: not all of its {kind.__name__} is tensors with names")
     with torch.device("meta"):
         module = kind(cfg)
-    try:
-        module.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise CheckpointError(f"{path}: its tensors do not fit its configuration ({reason})") from None
-    return module
+    wanted = module.state_dict()
+    for name in sorted(wanted.keys() | state.keys()):
+        if name not in state:
+            raise CheckpointError(f"{path}: the tensor {name} is missing")
+        if name not in wanted:
+            raise CheckpointError(f"{path}: has a tensor {name}, which this model has not")
+        if state[name].shape != wanted[name].shape:
+            raise CheckpointError(f"{path}: {name} is {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}")
+    module.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return module.eval()
 
 
-def digest(module: torch.nn.Module) -> str:
+def digest(module: nn.Module) -> str:
     """A short name for exactly these weights: a hash of every tensor."""
     sha = hashlib.sha256()
     for name, tensor in module.state_dict().items():

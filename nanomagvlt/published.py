@@ -17,7 +17,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanomagvlt import checkpoint
 from nanomagvlt.bpe import BPE
@@ -173,7 +173,7 @@ def load_vqgan(path: str | Path, sha256: str = "") -> VQGAN:
     state = {name: tensor for name, tensor in read_state_dict(path, sha256).items() if not name.startswith("loss.")}
     within = {name.removeprefix("model_vqvae."): t for name, t in state.items() if name.startswith("model_vqvae.")}
     state = within or state
-    return _filled(VQGAN, _config(path, vqgan_sizes, state), state, path)
+    return checkpoint.filled(VQGAN, _config(path, vqgan_sizes, state), state, path)
 
 
 def load_magvlt(path: str | Path, heads: int = 0, sha256: str = "") -> tuple[MAGVLT, VQGAN]:
@@ -188,7 +188,8 @@ def load_magvlt(path: str | Path, heads: int = 0, sha256: str = "") -> tuple[MAG
         vq = vqgan_sizes(vq_state, theirs["pos_emb_img.pos_embed"].shape[0])
         return {**vq, **transformer_sizes(theirs, vq["codebook_size"], heads)}
     cfg = _config(path, sizes, theirs, vq_state)
-    return _filled(MAGVLT, cfg, to_ours(theirs, cfg.layers, path), path), _filled(VQGAN, cfg, vq_state, path)
+    return (checkpoint.filled(MAGVLT, cfg, to_ours(theirs, cfg.layers, path), path),
+            checkpoint.filled(VQGAN, cfg, vq_state, path))
 
 
 def to_ours(theirs: dict[str, Tensor], layers: int, path: str | Path = "checkpoint") -> dict[str, Tensor]:
@@ -217,22 +218,6 @@ def _config(path: str | Path, sizes, *states: dict[str, Tensor]) -> Config:
         raise CheckpointError(f"{path}: the tensor {error.args[0]} is missing") from None
     except (ValueError, IndexError, ZeroDivisionError) as error:  # no such tensors, or unfit
         raise CheckpointError(f"{path}: its tensors are not those of a published model ({error})") from None
-
-
-def _filled(kind: type[nn.Module], cfg: Config, state: dict[str, Tensor], path: str | Path) -> nn.Module:
-    """A module that takes the tensors of state for its own, each of exactly the right name and shape."""
-    with torch.device("meta"):
-        module = kind(cfg)
-    wanted = module.state_dict()
-    for name in sorted(wanted.keys() | state.keys()):
-        if name not in state:
-            raise CheckpointError(f"{path}: the tensor {name} is missing")
-        if name not in wanted:
-            raise CheckpointError(f"{path}: has a tensor {name}, which this model has not")
-        if state[name].shape != wanted[name].shape:
-            raise CheckpointError(f"{path}: {name} is {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}")
-    module.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    return module.eval()
 
 
 def main(argv: list[str] | None = None) -> None:
