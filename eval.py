@@ -269,8 +269,9 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     group.add_argument("--arms", type=lambda text: text.split(","), default=list(compare.ARMS),
                        help=f"which, with commas between (default all: {', '.join(compare.ARMS)})")
-    group.add_argument("--workers", type=int, default=os.cpu_count(),
-                       help="runs at a time, with one thread each if there are several (default: the CPU's cores)")
+    group.add_argument("--workers", type=int, default=torch.cuda.device_count() or os.cpu_count(),
+                       help="runs at a time, with one thread each if there are several (default: one on each "
+                       "GPU, or on each of the CPU's cores)")
     group = parser.add_argument_group("for speed")
     group.add_argument("--preset", default="tiny", choices=PRESETS, help="whose sizes (default tiny)")
     group.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="of the weights (default fp32)")

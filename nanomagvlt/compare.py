@@ -199,9 +199,13 @@ def run(pool: Path, arm: str, seed: int, steps: int) -> list[Job]:
     return jobs
 
 
-def launch(command: list[str], output: Path, workers: int, lock) -> subprocess.Popen:
-    """Starts a script of ours. Beside others it gets one thread: two that share a core wait for each other."""
+def launch(command: list[str], output: Path, workers: int, slot: int, lock) -> subprocess.Popen:
+    """Starts a script of ours. Beside others it gets one thread, since two that share a core wait for each other; and,
+    where there are GPUs, the one of its slot."""
     env = os.environ | ({"OMP_NUM_THREADS": "1"} if workers > 1 else {})
+    if gpus := torch.cuda.device_count():
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        env["CUDA_VISIBLE_DEVICES"] = names[slot % gpus]
     with open(output, "a") as file:
         # In a session of its own Ctrl-C does not reach it: work() tells it to stop, once. Twice would be at once.
         return subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], stdout=file, stderr=file,
@@ -219,10 +223,11 @@ def work(jobs: list[Job], workers: int, lock) -> list[str]:
             for job in ready[:workers - len(running)]:
                 waiting.remove(job)
                 job.done.parent.mkdir(parents=True, exist_ok=True)
-                running[job.name] = job, launch(job.command, job.done.parent / "output.txt", workers, lock)
+                slot = min(set(range(workers)) - {slot for _, slot, _ in running.values()})
+                running[job.name] = job, slot, launch(job.command, job.done.parent / "output.txt", workers, slot, lock)
             if not running:  # what is left waits for something that failed
                 return failed + [job.name for job in waiting]
-            for name, (job, process) in list(running.items()):
+            for name, (job, _, process) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[name]
@@ -234,9 +239,9 @@ def work(jobs: list[Job], workers: int, lock) -> list[str]:
             time.sleep(0.1)
     finally:
         signal.signal(signal.SIGTERM, before)  # what still runs saves and stops
-        for _, process in running.values():
+        for _, _, process in running.values():
             process.terminate()
-        for _, process in running.values():
+        for _, _, process in running.values():
             process.wait()
     return failed
 

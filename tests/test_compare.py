@@ -35,7 +35,7 @@ def launched(tmp_path, monkeypatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     names = []
 
-    def launch(command, output, workers, lock):
+    def launch(command, output, workers, slot, lock):
         names.append(f"{command[0]} {output.parent.name}")
         try:
             {"train.py": train, "eval.py": eval}[command[0]].main(command[1:])
@@ -54,10 +54,10 @@ ARGS = ["table", "--minutes", "0.001", "--seeds", "1", "--arms", "plain,no-mixse
 def test_a_pool_that_is_killed_goes_on_and_a_finished_one_does_nothing(launched, tmp_path, monkeypatch, capsys):
     original = compare.launch
 
-    def killed(command, output, workers, lock):
+    def killed(command, output, *rest):
         if output.parent.name == "no-mixsel-0":
             raise SystemExit(9)
-        return original(command, output, workers, lock)
+        return original(command, output, *rest)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(compare, "launch", killed)
         eval.main(ARGS)

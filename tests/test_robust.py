@@ -95,6 +95,33 @@ def test_two_processes_stop_when_told_and_go_on_as_if_they_had_not(number, tmp_p
     assert [name for name in straight if not equal(straight[name], told[name])] == [] and set(told) == set(straight)
 
 
+BROKEN = """
+import sys
+sys.path.insert(0, {root!r})
+import train
+from nanomagvlt import parallel
+original = train.update_model
+def broken(*args):
+    if args[-1] == 3 and parallel.rank() == {rank}:
+        raise OSError(28, "No space left on device", "last.pt")
+    return original(*args)
+train.update_model = broken
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_that_fails_ends_all_and_says_why(rank, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text(BROKEN.format(root=str(ROOT), rank=rank))
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29_500 + os.getpid() % 500),
+               "broken.py", *SMALL, "--steps", "9", "--micro-batch", "2"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=200)
+    who = " (process 1)" if rank else ""
+    assert done.returncode != 0 and f"train.py: last.pt: No space left on device{who}\n" in done.stderr
+
+
 POOL = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background would not hear it
