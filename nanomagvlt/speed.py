@@ -5,7 +5,8 @@ K times. ARGVLT reads the condition once and then token after token, the keys an
 far fewer operations, but one after the other, and each of them has to fetch all weights from memory. So masked decoding
 wins where waiting is the limit (a GPU, few images at a time), and loses where arithmetic is (a CPU, large batches).
 To say which it is, the machine's memory bandwidth and matrix rate are measured beside the models: an ARGVLT that
-fetches bytes about as fast as the machine can is a strong opponent, not a badly written one.
+fetches bytes about as fast as the machine can is a strong opponent, not a badly written one. (Compiled, all of its step
+is one graph, sampling included; of MAGVLT it is the transformer alone.)
 
 The two take turns, in one process; figures are medians after a warm-up.
 """
