@@ -5,7 +5,8 @@ Every stage that is missing is done, every stage that is there is reused, and ea
   cache    the pairs as tokens                       -> runs/NAME/cache/
   bpe      the captions' byte-pair merges            -> runs/NAME/bpe.txt
   model    the transformer                           -> runs/NAME/last.pt, best.pt, log.jsonl, samples/
-Ctrl-C (or SIGTERM) saves and stops; the same command goes on from there, bit for bit as if it had not stopped.
+Ctrl-C (or SIGTERM) saves and stops; the same command goes on from there, on a CPU bit
+for bit as if it had not stopped.
 """
 import contextlib
 import copy
@@ -161,6 +162,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
             if (step % cfg.save_every == 0 or is_last or stops) and is_first:
                 save("last.pt")
             if stops and not is_last:
+                parallel.wait()  # the first has saved: one that is gone earlier would be missed, and all be killed
                 raise Stopped(f"{run / 'last.pt'} at step {step:,}")
 
 
@@ -171,6 +173,9 @@ def resume(run: Path, model: MAGVLT, averaged: MAGVLT,
     if not (run / "last.pt").exists():
         return 0, math.inf, Clock(), Finite(run)
     state = checkpoint.load(run / "last.pt", "magvlt")
+    if missing := {"trained", "optimizer", "step", "best", "seconds", "cpu_seconds", "skipped"} - state.keys():
+        raise checkpoint.CheckpointError(f"{run / 'last.pt'}: without {min(missing)} training cannot go on from it: "
+                                         "take another --name")
     model.load_state_dict(state["trained"])
     averaged.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -245,7 +250,7 @@ def settle(cfg: Config, run: Path) -> None:
         before = json.loads(path.read_text())
         changed = [name for name in settings if json.loads(json.dumps(settings[name])) != before.get(name)
                    and name not in MAY_CHANGE]
-        if changed and any(file != path and file.stat().st_size for file in run.iterdir()):  # else nothing is done yet
+        if changed and any(file != path for file in run.iterdir()):  # else nothing was done there yet
             name = changed[0]
             raise DataError(f"{run} was begun with {name} = {before.get(name)}, now it is {settings[name]}: "
                             "take another --name, or delete the folder")
@@ -267,23 +272,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and do nothing")
     add_config_flags(parser)
     args = parser.parse(argv)
-    run = Path("runs") / (args.name or args.preset)
+    run, device = Path("runs") / (args.name or args.preset), args.device
     try:
         with_tokenizers(args)
-        cfg = config_from_args(parser, args)
-        if problem := lacks(cfg, args):
-            parser.error(problem)
+        cfg = config_from_args(args)
+        if problem := lacks(cfg, run, args):
+            raise ValueError(problem)
         device = pick_device(parallel.local_device(args.device))
         parallel.begin(device)
         start(cfg, run, device, args)
-    except Stopped as what:  # in all processes, after the same update
+    except Stopped as what:
         say(f"stopped: {what}; the same command goes on from there")
-        parallel.end()
-        sys.exit(130)  # not 0: `train.py && sample.py` is not to go on with half a model
+        parallel.fail(130)  # not 0: `train.py && sample.py` is not to go on with half a model
     except KeyboardInterrupt:  # between the training loops; what is unfinished there is done anew
         complain("stopped; the same command goes on from the last finished stage", 130)
     except torch.OutOfMemoryError as error:
-        complain(f"out of memory on {device}: try a smaller --micro-batch ({first_line(error)})")
+        complain(f"out of memory on {device}: try a smaller --micro-batch or, for the VQ-GAN, --vq-batch "
+                 f"({first_line(error)})")
     except OSError as error:
         complain(f"{error.filename or run}: {error.strerror or error}")
     except ValueError as error:  # a DataError and a CheckpointError, too
@@ -294,13 +299,17 @@ def main(argv: list[str] | None = None) -> None:
     parallel.end()
 
 
-def lacks(cfg: Config, args) -> str:
+def lacks(cfg: Config, run: Path, args) -> str:
     """What must be given besides, as one line; "" if nothing."""
-    if not cfg.data and not (cfg.cache and cfg.vqgan) and not args.dry_run:
+    if args.dry_run:
+        return ""
+    if not cfg.data and not (cfg.cache and cfg.vqgan):
         return f"preset {args.preset} names no pairs: give --data, or --cache and --vqgan (see data/README.md)"
-    if args.preset in ("base", "large") and not (cfg.vqgan and cfg.bpe) and not args.dry_run:
-        return (f"preset {args.preset} wants --vqgan and --bpe, tokenizers of images and of texts that others have "
-                "trained at that scale: see data/README.md")
+    for flag, given, file, wanted_in in (("--vqgan", cfg.vqgan, "vqgan.pt", STAGES[1:]),
+                                         ("--bpe", cfg.bpe, "bpe.txt", STAGES[2:])):
+        if args.preset in ("base", "large") and args.stage in wanted_in and not (given or (run / file).exists()):
+            return (f"preset {args.preset} wants {flag}, a tokenizer that has been trained at its scale: "
+                    "see data/README.md")
     return ""
 
 
@@ -324,9 +333,10 @@ def start(cfg: Config, run: Path, device: torch.device, args) -> None:
 
 
 def complain(line: str, status: int = 2) -> None:
-    """Ends this process with one line."""
-    who = f" (process {parallel.rank()})" if parallel.rank() else ""
-    print(f"train.py: {line}{who}", file=sys.stderr)
+    """Ends this process with one line. What goes wrong before all have met goes wrong in all: the first says it."""
+    if parallel.world() > 1 or parallel.rank() == 0:
+        who = f" (process {parallel.rank()})" if parallel.rank() else ""
+        print(f"train.py: {line}{who}", file=sys.stderr)
     parallel.fail(status)
 
 

@@ -47,7 +47,7 @@ def load(path: str | Path, kind: str) -> dict:
         raise CheckpointError(f"{path}: a {kind} checkpoint without its {missing[0]}")
     try:
         content["config"] = from_dict(content["config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its configuration cannot be used ({error})") from None
     return content
 
@@ -62,18 +62,25 @@ def load_magvlt(path: str | Path) -> tuple[MAGVLT, VQGAN, BPE]:
     """The transformer, VQ-GAN and text tokenizer of a "magvlt" checkpoint, ready to sample. Raises CheckpointError."""
     content = load(path, "magvlt")
     cfg = content["config"]
-    return (filled(MAGVLT, cfg, content["model"], path), filled(VQGAN, cfg, content["vqgan"], path),
-            BPE.from_text(content["bpe"]))
+    try:
+        bpe = BPE.from_text(content["bpe"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its merges cannot be used ({first_line(error)})") from None
+    return filled(MAGVLT, cfg, content["model"], path), filled(VQGAN, cfg, content["vqgan"], path), bpe
 
 
 def filled(kind: type[nn.Module], cfg: Config, state: dict[str, Tensor], path: str | Path) -> nn.Module:
     """A module in evaluation mode that takes the tensors of state, as float32, for its own: nothing is initialised in
     vain, nothing copied. Raises CheckpointError where one has not exactly the right name and shape."""
-    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor)
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor) and
+                                              tensor.is_floating_point() and tensor.layout == torch.strided
                                               for name, tensor in state.items()):
-        raise CheckpointError(f"{path}: not all of its {kind.__name__} is tensors with names")
-    with torch.device("meta"):
-        module = kind(cfg)
+        raise CheckpointError(f"{path}: not all of its {kind.__name__} is real numbers with names")
+    try:
+        with torch.device("meta"):
+            module = kind(cfg)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its configuration cannot be used ({first_line(error)})") from None
     wanted = module.state_dict()
     for name in sorted(wanted.keys() | state.keys()):
         if name not in state:
@@ -91,7 +98,7 @@ def digest(module: nn.Module) -> str:
     sha = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        sha.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
 
 

@@ -125,8 +125,10 @@ def fill(pool: Path, arms: list[str], seeds: int, minutes: float, workers: int) 
     jobs = [job for seed in range(seeds) for arm in arms if arm in updates
             for job in run(pool, arm, seed, updates[arm])]
     missing = sum(not job.done.exists() for job in jobs if job.needs in {home / "bpe.txt" for home in worlds})
-    print(f"{missing} runs of {minutes:g} minutes to come, {workers} at a time: {missing * minutes / workers / 60:.1f} "
-          "hours, and what measuring takes", flush=True)
+    if missing:
+        hours = math.ceil(missing / workers) * minutes / 60
+        print(f"{missing} runs of {minutes:g} minutes to come, {workers} at a time: {hours:.1f} hours, and what "
+              "measuring takes", flush=True)
     return failed + more + work(jobs, workers, lock)
 
 

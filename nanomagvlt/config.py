@@ -85,7 +85,7 @@ class Config:
     steps: int = 10_000                      # updates; P 40,000
     batch_size: int = 16                     # pairs an update, of all processes together; P 4,096
     micro_batch: int = 0                     # pairs in one pass through the model; 0: the whole batch
-    precision: str = "fp32"                  # fp32, or bf16: matrices in bfloat16, the weights stay float32
+    precision: str = "fp32"                  # fp32, or bf16: matrices in bfloat16; on a GPU sampling, too
     compile: bool = False                    # torch.compile: a slow start, then fewer and larger kernels
     lr: float = 1e-3                         # peak learning rate; P 4.5e-4
     lr_fall: float = 0.3                     # it falls to 0 as a cosine, over this last share of the updates; P 1
@@ -259,8 +259,9 @@ PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=
 VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "vq_multipliers", "vq_res_blocks",
                 "vq_attention", "vq_latent", "vq_groups", "vq_patchwise")
 
-# Fields that a later run of the same name may change: they say how long and how often, not what.
-MAY_CHANGE = ("steps", "compile", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")
+# Fields that a later run of the same name may change: they say how long, how often and how, not what. (Parts of another
+# size are another draw of MixSel's partners and of dropout.)
+MAY_CHANGE = ("steps", "micro_batch", "compile", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")
 
 
 def preset(name: str, **changes) -> Config:
@@ -319,13 +320,10 @@ def add_config_flags(parser: Parser) -> None:
                            default=argparse.SUPPRESS, help=comments[field.name].replace("%", "%%"))
 
 
-def config_from_args(parser: Parser, args: argparse.Namespace) -> Config:
-    """The preset named in args with every field given as a flag; a bad value ends the program with one line."""
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
-    try:
-        return preset(args.preset, **given)
-    except ValueError as error:
-        parser.error(str(error))
+def config_from_args(args: argparse.Namespace) -> Config:
+    """The preset named in args with every field given as a flag. Raises ValueError for a bad value."""
+    return preset(args.preset, **{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
+                                  if hasattr(args, f.name)})
 
 
 def _reader(kind):

@@ -23,7 +23,8 @@ def whole(path: Path) -> Iterator:
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)  # the new name is on the disk when the folder is
-    os.fsync(folder)
+    with contextlib.suppress(OSError):          # which some network file systems do not know how to do
+        os.fsync(folder)
     os.close(folder)
 
 

@@ -14,7 +14,10 @@ import torch.distributed as dist
 
 
 def local_device(device: str) -> str:
-    """auto and cuda are, under torchrun, this process's own GPU, if there is one."""
+    """auto and cuda are, under torchrun, this process's own GPU, if there is one. Raises ValueError where all would
+    share one."""
+    if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"--device {device} under torchrun: give cuda, and each process takes its own")
     if "LOCAL_RANK" in os.environ and (device == "cuda" or device == "auto" and torch.cuda.is_available()):
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return device
@@ -34,7 +37,7 @@ def begin(device: torch.device) -> None:
 
 def rank() -> int:
     """Which process this is: the first, 0, writes all files and says all there is to say."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0
 
 
 def world() -> int:

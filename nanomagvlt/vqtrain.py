@@ -42,9 +42,6 @@ def train_vqgan(cfg: Config, pairs: Iterable[Pair], path: Path, device: torch.de
             step += 1
             bar.update()
             if step % cfg.log_every == 0:
-                if not all(term.isfinite() for term in terms.values()):
-                    raise ValueError(f"the VQ-GAN's loss is not finite at step {step:,}: try a smaller --vq-lr, under "
-                                     "another --name")
                 share, perplexity = codebook_use(codes, cfg.codebook_size)
                 log.write(step=step, used=share, perplexity=perplexity, **{n: t.item() for n, t in terms.items()})
                 bar.set_postfix_str(f"l1 {terms['l1'].item():.4f}, perplexity {perplexity:.1f}, {share:.0%} of codes",
@@ -130,11 +127,14 @@ def update_vqgan(players: Players, cfg: Config, images: np.ndarray,
 
 
 def follow(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> None:
-    """One step down the loss."""
+    """One step down the loss. Raises ValueError, before anything is changed, where the gradient is not finite."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
     loss.backward()
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not torch.nn.utils.get_total_norm(gradients).isfinite():
+        raise ValueError("the gradient of the VQ-GAN is not finite: try a smaller --vq-lr, under another --name")
     optimizer.step()
 
 

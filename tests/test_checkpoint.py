@@ -44,11 +44,16 @@ def test_files_that_are_no_checkpoint(cfg, model, tmp_path, monkeypatch):
     torch.save({**content, "config": {**content["config"], "widht": 3}}, tmp_path / "config.pt")
     torch.save({**content, "config": {**content["config"], "width": 32}}, tmp_path / "shape.pt")
     torch.save({**content, "model": {**content["model"], 3: 4}}, tmp_path / "numbers.pt")
+    torch.save({**content, "bpe": 3}, tmp_path / "bpe.pt")
+    torch.save({**content, "config": {**content["config"], "width": 16.0}}, tmp_path / "width.pt")
+    torch.save({**content, "vqgan": {name: x.long() for name, x in content["vqgan"].items()}}, tmp_path / "integers.pt")
     for name, message in {
             "none.pt": "no such file", "cut.pt": "not a checkpoint", "text.pt": "not a checkpoint",
             "malicious.pt": "not a checkpoint", "list.pt": "something else", "vqgan.pt": "holds vqgan, where a magvlt",
             "config.pt": "did you mean 'width'", "shape.pt": r"blocks\.0\.[a-z0-9.]+ is \(.*, not \(32",
-            "numbers.pt": "not all of its MAGVLT is tensors with names"
+            "numbers.pt": "not all of its MAGVLT is real numbers with names",
+            "bpe.pt": "its merges cannot be used", "width.pt": "configuration cannot be used",
+            "integers.pt": "not all of its VQGAN is real numbers"
     }.items():
         with pytest.raises(CheckpointError, match=f"{re.escape(name)}: .*{message}") as error:
             checkpoint.load_magvlt(tmp_path / name)

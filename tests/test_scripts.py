@@ -69,6 +69,7 @@ def refused(script: str, argv: list[str], capsys) -> str:
     ("train.py", ["--width", "130"], "width 130 is no multiple of heads 4"),
     ("train.py", ["--width", "many"], "--width: invalid int value: 'many'"),
     ("train.py", ["--preset", "base"], "preset base names no pairs: give --data"),
+    ("train.py", ["--preset", "base", "--data", "x"], "preset base wants --vqgan, a tokenizer that has been trained"),
     ("train.py", ["--layers", "0"], "layers 0 must be at least 1"),
     ("train.py", ["--lr", "-1"], "lr -1.0, vq_lr 0.002 and clip 4.0 must be > 0"),
     ("train.py", ["--heads", "0"], "heads 0 must be at least 1"),

@@ -241,9 +241,7 @@ def test_a_folder_in_which_nothing_was_done_may_be_begun_anew(tmp_path):
     run = tmp_path / "x"
     train.settle(preset("micro", data="shapes:typo"), run)
     train.settle(preset("micro"), run)
-    (run / "log.jsonl").touch()  # nothing in it yet, as where memory ran out at once
-    train.settle(preset("micro"), run)
-    (run / "vqgan.pt").write_bytes(b"x")
+    (run / "vqgan.pt").touch()
     with pytest.raises(ValueError, match="was begun with width = 128, now it is 64"):
         train.settle(preset("micro", width=64), run)
 
