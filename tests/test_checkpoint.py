@@ -28,6 +28,7 @@ def test_there_and_back(cfg, model, tmp_path):
     assert checkpoint.digest(loaded) == checkpoint.digest(model)
     loaded.output_bias.data[0] += 1
     assert checkpoint.digest(loaded) != checkpoint.digest(model)
+    assert checkpoint.digest(loaded.bfloat16()) != checkpoint.digest(model)  # as sampling on a GPU has it
 
 
 def test_files_that_are_no_checkpoint(cfg, model, tmp_path, monkeypatch):

@@ -237,6 +237,16 @@ def test_the_vqgan_also_learns_from_joined_images():
     assert (images[9][:, :16] == pairs[1].tall).all() and (images[9][:, 16:] == pairs[2].tall).all()
 
 
+@pytest.mark.parametrize("start", [2, 4])
+def test_a_vqgan_that_diverges_says_so_and_changes_nothing(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run("--stage", "vqgan", "--vq-lr", "1e30", "--save-every", "1", "--vq-start", str(start))
+    error = capsys.readouterr().err
+    assert "train.py: the gradient of the VQ-GAN is not finite: try a smaller --vq-lr" in error
+    assert "Traceback" not in error
+
+
 def test_a_folder_in_which_nothing_was_done_may_be_begun_anew(tmp_path):
     run = tmp_path / "x"
     train.settle(preset("micro", data="shapes:typo"), run)
