@@ -74,6 +74,9 @@ def sweep(args) -> None:
                 for kind, names in (("order", ORDERS), ("schedule", SCHEDULES)) for name in names]
     if pipeline.cfg.condition_dropout:
         variants += [("guidance", w, {"guidance": w}, TASKS[:1]) for w in (1.0, 1.5, 2.0, 3.0, 5.0)]
+    elif args.vary == "guidance":
+        raise ValueError("--vary guidance wants a model trained with condition_dropout, that knows the empty caption")
+    variants = [variant for variant in variants if args.vary in (None, variant[0])]
     table = []
     print(f"{'':22}{'':8}" + "".join(f"K = {k:<11}" for k in steps) + "\n" + 30 * " " + "exact, half of a 95% interval")
     for kind, name, settings, tasks in variants:
@@ -263,6 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of phrasings and decoding (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--out", type=Path, help="a JSON file for the results; for coco a folder")
+    parser.add_argument("--vary", choices=("order", "schedule", "guidance"), help="what sweep varies (default all)")
     group = parser.add_argument_group("for table")
     group.add_argument("--pool", type=Path, default=Path("runs/pool"), help="its folder (default runs/pool)")
     group.add_argument("--minutes", type=float, default=0, help="of training for each run; 0: only print the tables")

@@ -255,11 +255,13 @@ def test_eval_edit_and_sweep(tmp_path, capsys):
     eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--out", "sweep.json"])
     rows, out = json.loads(Path("sweep.json").read_text()), capsys.readouterr().out
     assert len(rows) == 7 * 5 and "order halton" in out and "guidance" not in out
+    assert "knows the empty caption" in refused("eval.py", ["sweep", "--vary", "guidance"], capsys)
     guided = untrained(tmp_path / "guided.pt", condition_dropout=0.1)
-    eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--checkpoint", str(guided), "--out", "sweep.json"])
-    rows, out = json.loads(Path("sweep.json").read_text()), capsys.readouterr().out
-    assert len(rows) == 12 * 5 and "guidance 1.5          t2i" in out
-    assert [row["t2i"] for row in rows if row.get("guidance") == 1] == [  # 1 is none: as the default order, gumbel
+    eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--checkpoint", str(guided), "--vary", "guidance",
+               "--out", "guided.json"])
+    found, out = json.loads(Path("guided.json").read_text()), capsys.readouterr().out
+    assert len(found) == 5 * 5 and "guidance 1.5          t2i" in out and "order" not in out
+    assert [row["t2i"] for row in found if row["guidance"] == 1] == [  # 1 is none: as the default order, gumbel
         row["t2i"] for row in rows if row.get("order") == "gumbel"]
 
 
