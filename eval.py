@@ -46,7 +46,7 @@ def scenes(args) -> None:
 def edit(args) -> None:
     """Inpainting and infilling, beside the same without the other modality, and beside T2I and I2T."""
     pipeline, level = small_world(args)
-    print("hides, fills in and judges all of them in some ways: minutes ...", flush=True)
+    print("all scenes are hidden in part, filled in and judged: this takes minutes ...", flush=True)
     results = metrics.evaluate_editing(pipeline, level, args.num_scenes, args.phrasings, args.seed)
     whole = metrics.evaluate_scenes(pipeline, level, args.num_scenes, args.phrasings, args.seed)
     results |= {"t2i": whole["t2i_exact"], "i2t": whole["i2t_exact"]}

@@ -60,8 +60,8 @@ def download(url: str, path: Path, sha256: str = "") -> str:
         except urllib.error.HTTPError as error:
             raise DownloadError(f"{url}: {error.code} {error.reason}; data/README.md says where else to look") from None
         except (OSError, http.client.HTTPException) as error:
-            raise DownloadError(f"{url}: {getattr(error, 'reason', None) or error}; run the same command again to go on"
-                                ) from None
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            raise DownloadError(f"{url}: {reason}; run the same command again to go on") from None
     found = sha256_of(part if not path.exists() else path)
     if sha256 and found != sha256:
         part.unlink(missing_ok=True)
