@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from nanomagvlt import checkpoint, metrics, parallel, shapes
 from nanomagvlt.bpe import BPE
-from nanomagvlt.budget import budget
+from nanomagvlt.budget import budget, rehearse
 from nanomagvlt.chance import batch_uniform, keyed_generator, keyed_seed
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, Parser, add_config_flags, config_from_args
 from nanomagvlt.data import TokenCache, make_batch, rows_of_step, write_cache
@@ -37,7 +37,7 @@ from nanomagvlt.loop import BAR, Clock, Finite, Interrupt, Log, Stopped, optimiz
 from nanomagvlt.model import MAGVLT, num_parameters
 from nanomagvlt.readers import DataError, left_out, read_pairs
 from nanomagvlt.sequence import TASKS
-from nanomagvlt.update import Meter, Parts, average, method_of, update_model
+from nanomagvlt.update import Meter, Parts, average, compiled_pass, method_of, update_model
 from nanomagvlt.vqgan import VQGAN
 from nanomagvlt.vqtrain import train_vqgan
 
@@ -128,9 +128,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
                         optimizer=optimizer.state_dict(), skipped=[is_finite.skipped, is_finite.in_a_row],
                         **clock.read())
 
-    one_pass = method_of(cfg).one_pass
-    one_pass = torch.compile(one_pass, fullgraph=True) if cfg.compile else one_pass
-    parts, meter = Parts(cfg, caches["train"], bpe, device), Meter(cfg, device)
+    parts, meter, one_pass = Parts(cfg, caches["train"], bpe, device), Meter(cfg, device), compiled_pass(cfg)
     log, before = Log(run / "log.jsonl" if is_first else Path(os.devnull), step), reference_losses(cfg)
     with Interrupt(is_first) as stop, tqdm(total=cfg.steps, initial=step, desc="model", unit="step",
                                            disable=not is_first, **BAR) as bar:
@@ -270,8 +268,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stage", choices=STAGES, default="model", help="stop after this stage (default: the last)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and do nothing")
+    parser.add_argument("--rehearse", type=int, default=0, metavar="UPDATES", help="do so many updates of each task on "
+                        "made-up pairs, say how fast they are and where the time goes, and keep nothing")
     add_config_flags(parser)
     args = parser.parse(argv)
+    if args.rehearse < 0:
+        parser.error(f"--rehearse {args.rehearse}: must be at least 1")
     run, device = Path("runs") / (args.name or args.preset), args.device
     try:
         with_tokenizers(args)
@@ -301,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def lacks(cfg: Config, run: Path, args) -> str:
     """What must be given besides, as one line; "" if nothing."""
-    if args.dry_run:
+    if args.dry_run or args.rehearse:
         return ""
     if not cfg.data and not (cfg.cache and cfg.vqgan):
         return f"preset {args.preset} names no pairs: give --data, or --cache and --vqgan (see data/README.md)"
@@ -326,6 +328,9 @@ def start(cfg: Config, run: Path, device: torch.device, args) -> None:
         f"preset {args.preset}, transformer of at most {size:,} parameters -> {run}/")
     if args.dry_run:
         say(budget(cfg, device))
+    if args.rehearse:
+        say(rehearse(cfg, device, args.rehearse))
+    if args.dry_run or args.rehearse:
         return
     if parallel.rank() == 0:
         settle(cfg, run)

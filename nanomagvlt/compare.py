@@ -42,6 +42,7 @@ ARMS = {
     "argvlt": {"model": "argvlt", "task_weights": (1, 1, 0)},  # as many captions as drawings, as in the other arms
     "biased-full": {**FULL, "data": "shapes:tiny-biased"},
     "biased-no-mixsel": {"unroll_mask": True, "data": "shapes:tiny-biased"},
+    "biased-no-unrollmask": {"mixsel": "select", "data": "shapes:tiny-biased"},
     "biased-plain": {"data": "shapes:tiny-biased"},
     "t2i-only": {**FULL, "task_weights": (1, 0, 0)},
     "i2t-only": {**FULL, "task_weights": (0, 1, 0)},
@@ -312,13 +313,13 @@ def tables(pool: Path) -> str:
         rows = [arm for arm in table.rows if any(table.ours in r for r in results[arm].values())]
         if len(rows) < 2:
             continue
-        text += ["", table.title, f"{'':18}{table.ours + ', by seed':36}{'mean':8}{table.paper:8}against {rows[0]}"]
+        text += ["", table.title, f"{'':22}{table.ours + ', by seed':36}{'mean':8}{table.paper:8}against {rows[0]}"]
         for arm in rows:
             values = [r[table.ours]["value"] for r in results[arm].values() if table.ours in r]
             paper = "-" if table.rows[arm] is None else table.rows[arm]
             holds = "" if arm == rows[0] else verdict(table, arm, rows[0], results)
             by_seed = " ".join(f"{value:.3f}" for value in values)
-            text.append(f"{arm:18}{by_seed:36}{mean(values):<8.3f}{paper:<8}{holds}")
+            text.append(f"{arm:22}{by_seed:36}{mean(values):<8.3f}{paper:<8}{holds}")
     text += bias_table(results) + curves(pool) + cost_table(pool)
     return "\n".join(text).strip()
 
@@ -327,11 +328,11 @@ def bias_table(results: dict[str, dict]) -> list[str]:
     """Figure 4: what is said and drawn of things that are not as usual."""
     names = ("i2t_seen", "i2t_usual", "t2i_asked", "t2i_usual")
     rows = [(arm, [r for r in results[arm].values() if "i2t_seen" in r]) for arm in BIASED]
-    text = [f"{arm:18}" + "".join(f"{mean(r[name]['value'] for r in found):.3f} "
+    text = [f"{arm:22}" + "".join(f"{mean(r[name]['value'] for r in found):.3f} "
                                   f"{'(' + ' '.join(format(r[name]['value'], '.2f') for r in found) + ')':18}"
                                   for name in names) for arm, found in rows if found]
     head = ["", "Figure 4: a world with habits, shown what is not as usual; share of the objects, mean (by seed)",
-            f"{'':18}{'said as it is':24}{'said as usual':24}{'drawn as asked':24}{'drawn as usual':24}"]
+            f"{'':22}{'said as it is':24}{'said as usual':24}{'drawn as asked':24}{'drawn as usual':24}"]
     return head + text if text else []
 
 
@@ -346,10 +347,10 @@ def curves(pool: Path) -> list[str]:
                     for path in sorted(pool.glob(f"{arm}-[0-9]*/log.jsonl"))]
             logs = [losses for losses in logs if len(losses) >= 10]
             if logs and arm not in BIASED and ARMS[arm].get("model") != "argvlt":  # whose losses are of other things
-                rows.append(f"{arm:18}" + "".join(f"{mean(tenth):<7.3f}" for tenth in list(zip(*logs))[:10]))
+                rows.append(f"{arm:22}" + "".join(f"{mean(tenth):<7.3f}" for tenth in list(zip(*logs))[:10]))
         if rows:
             text += ["", f"Validation loss, {task}, by the share of the minutes",
-                     f"{'':18}" + "".join(f"{f'{share}0%':7}" for share in range(1, 11)), *rows]
+                     f"{'':22}" + "".join(f"{f'{share}0%':7}" for share in range(1, 11)), *rows]
     return text
 
 
@@ -359,5 +360,5 @@ def cost_table(pool: Path) -> list[str]:
         return []
     kept = json.loads((pool / "plan.json").read_text())
     text = ["", f"Updates in {kept['minutes']:g} minutes, and milliseconds an update, as measured for that"]
-    return text + [f"{arm:18}{kept['updates'][arm]:<8}{kept['milliseconds'][arm]}" for arm in ARMS
+    return text + [f"{arm:22}{kept['updates'][arm]:<8}{kept['milliseconds'][arm]}" for arm in ARMS
                    if arm in kept["updates"]]

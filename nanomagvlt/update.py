@@ -8,6 +8,7 @@ whole batch. So one, two or four processes do the same update.
 B is the whole batch, b a part of it.
 """
 import math
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -27,6 +28,12 @@ from nanomagvlt.speed import matrix_rate
 def method_of(cfg: Config):
     """The module that holds the method's one_pass(), loss_terms(), num_scored() and total_loss()."""
     return argvlt if cfg.model == "argvlt" else objectives
+
+
+def compiled_pass(cfg: Config) -> Callable:
+    """The method's one_pass(), compiled if cfg wants it: all passes of an update go through it."""
+    one_pass = method_of(cfg).one_pass
+    return torch.compile(one_pass, fullgraph=True) if cfg.compile else one_pass
 
 
 def draw_task(cfg: Config, step: int) -> str:
@@ -61,11 +68,11 @@ class Parts:
         return list(zip(parts, batches))
 
 
-def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, parts: Parts, one_pass,
+def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, parts: Parts, one_pass: Callable,
                  step: int) -> tuple[str, dict[str, torch.Tensor], float]:
     """One update of one task, which is drawn here: the task, its loss terms, and the gradient's norm.
 
-    one_pass is the method's, or compiled. Where the norm is not finite nothing is changed: all processes agree, since
+    one_pass is compiled_pass(). Where the norm is not finite nothing is changed: all processes agree, since
     what one of them has in its gradient, all have in the sum.
     """
     task, method, device = draw_task(cfg, step), method_of(cfg), model.device

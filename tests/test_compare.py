@@ -72,7 +72,7 @@ def test_a_pool_that_is_killed_goes_on_and_a_finished_one_does_nothing(launched,
     out = capsys.readouterr().out
     assert len(launched) == count and "Table 7" in out and "cannot be told: not learnt" in out
     plan = json.loads(planned)
-    assert f"no-mixsel         {plan['updates']['no-mixsel']}" in out
+    assert f"{'no-mixsel':22}{plan['updates']['no-mixsel']}" in out
     a, b = (json.loads((tmp_path / f"runs/pool/{name}/config.json").read_text()) for name in ("plain-0", "no-mixsel-0"))
     assert {name for name in a if a[name] != b[name]} - {*MAY_CHANGE} == {"unroll_mask"}
     assert a["vqgan"].endswith("world-0/vqgan.pt")

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "protocols": "bpe captions chance checkpoint chunks clip data edit field files generate inception photos",
     "compare": "files", "speed": "argvlt config decode model sequence",
     "clip": "bpe", "edit": "bpe", "watch": "bpe decode model sequence",
-    "parallel": "", "budget": "config model parallel sequence speed update",
+    "parallel": "", "budget": "bpe config loop model parallel sequence speed update",
     "update": "argvlt bpe chance config data loop model objectives parallel sequence speed",
     "loop": "config", "vqtrain": "chance checkpoint config data loop model shapes vqgan vqloss",
     "generate": "argvlt bpe checkpoint config data decode model published sequence vqgan",

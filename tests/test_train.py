@@ -8,12 +8,14 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import sample
 import train
-from nanomagvlt import budget, loop, update, vqtrain
+from nanomagvlt import budget, data, loop, update, vqtrain
+from nanomagvlt.bpe import BPE
 from nanomagvlt.config import preset
 
 SMALL = """
@@ -302,6 +304,24 @@ def test_a_dry_run_says_what_it_costs_and_does_nothing(tmp_path, monkeypatch, ca
     out = capsys.readouterr().out
     assert "parameters   371,533,056" in out and "7.67 PFLOP an update of 4,096 pairs" in out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rehearsal_measures_updates_and_keeps_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--preset", "tiny", "--layers", "1", "--width", "16", "--heads", "2", "--batch-size", "4",
+                "--micro-batch", "2", "--rehearse", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines if line.startswith(("t2i", "i2t", "it2it"))}
+    assert all(float(seconds) * float(a_second) == pytest.approx(4, rel=0.02)
+               for _, seconds, a_second, *_ in rows.values()) and len(rows) == 3
+    assert any("aten::mm" in line for line in lines) and not list(tmp_path.iterdir())
+
+
+def test_made_up_pairs_fill_all_places():
+    cfg = preset("base")
+    batch = data.make_batch(budget.MadeUpPairs(cfg), BPE([]), np.arange(3), cfg)
+    assert (batch["text_lengths"] == cfg.text_length).all() and batch["tall_tokens"].shape == (3, cfg.image_tokens // 2)
+    assert 0 <= batch["image_tokens"].min() and cfg.codebook_size // 2 < batch["image_tokens"].max() < cfg.codebook_size
 
 
 def test_memory_grows_with_pairs_and_blocks():
