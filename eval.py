@@ -66,12 +66,16 @@ def edit(args) -> None:
 
 
 def sweep(args) -> None:
-    """Exact accuracy against decoding steps, for every order, schedule and, if the model knows the empty prompt,
-    guidance."""
+    """Exact accuracy against decoding steps, for every order and schedule, some temperatures and noises of drawing
+    and, if the model knows the empty prompt, some guidance."""
     pipeline, level = small_world(args)
     steps = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= pipeline.cfg.image_tokens]
     variants = [(kind, name, {f"{modality}_{kind}": name for modality in ("image", "text")}, TASKS[:2])
                 for kind, names in (("order", ORDERS), ("schedule", SCHEDULES)) for name in names]
+    # from the first step to the last; the middle ones stand between the tiny preset's and the release's
+    variants += [(kind, f"{a:g} to {b:g}", {f"image_{kind}": (a, b)}, TASKS[:1]) for kind, pairs in (
+        ("temperature", ((0.3, 0.1), (1.0, 0.3), (1.4, 0.6))), ("noise", ((0.0, 0.0), (0.5, 0.1), (2.0, 0.2))))
+        for a, b in pairs]
     if pipeline.cfg.condition_dropout:
         variants += [("guidance", w, {"guidance": w}, TASKS[:1]) for w in (1.0, 1.5, 2.0, 3.0, 5.0)]
     elif args.vary == "guidance":
@@ -83,7 +87,8 @@ def sweep(args) -> None:
         rows = []
         for k in steps:
             chosen = pipeline.with_settings(image_steps=k, text_steps=k, **settings)
-            rows.append(metrics.evaluate_scenes(chosen, level, args.num_scenes, args.phrasings, args.seed))
+            rows.append(metrics.evaluate_scenes(chosen, level, args.num_scenes, args.phrasings, args.seed,
+                                                "i2t" in tasks))
             table.append({kind: name, "steps": k, **metrics.as_json({t: rows[-1][f"{t}_exact"] for t in tasks})})
         for task in tasks:
             shares = [row[f"{task}_exact"] for row in rows]
@@ -266,7 +271,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of phrasings and decoding (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--out", type=Path, help="a JSON file for the results; for coco a folder")
-    parser.add_argument("--vary", choices=("order", "schedule", "guidance"), help="what sweep varies (default all)")
+    parser.add_argument("--vary", choices=("order", "schedule", "temperature", "noise", "guidance"),
+                        help="what sweep varies (default all)")
     group = parser.add_argument_group("for table")
     group.add_argument("--pool", type=Path, default=Path("runs/pool"), help="its folder (default runs/pool)")
     group.add_argument("--minutes", type=float, default=0, help="of training for each run; 0: only print the tables")

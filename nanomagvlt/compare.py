@@ -54,6 +54,7 @@ ARMS = {
     "same-ratio": {"it2it_ratio": "same"},
     "unroll-all": {"unroll_mask": True, "unroll_text": "all"},
     "length-main": {"length_pass": "main"},
+    "cosine": {"lr_fall": 1.0},
     "for-guidance": {"condition_dropout": 0.1},  # then: eval.py sweep --checkpoint .../for-guidance-0/last.pt
 }
 SHORT = 30, 150        # of a short run: the updates that are not timed, and all of them
@@ -89,9 +90,9 @@ TABLES = [
     Table("Table 13: MixSel and MixRandom, drawings", *DRAWN, {"full": 12.08, "mixrandom": 13.43}),
     Table("Table 13: MixSel and MixRandom, captions", *WRITTEN, {"full": 60.4, "mixrandom": 57.9}),
     Table("What the paper leaves open, drawings", *DRAWN, {
-        "plain": None, "same-ratio": None, "length-main": None, "for-guidance": None}),
+        "plain": None, "same-ratio": None, "length-main": None, "cosine": None, "for-guidance": None}),
     Table("What the paper leaves open, captions", *WRITTEN, {
-        "plain": None, "same-ratio": None, "length-main": None, "for-guidance": None}),
+        "plain": None, "same-ratio": None, "length-main": None, "cosine": None, "for-guidance": None}),
     Table("UnrollMask's text rule, captions", *WRITTEN, {"no-mixsel": None, "unroll-all": None}),
 ]
 BIASED = [arm for arm, settings in ARMS.items() if "data" in settings]

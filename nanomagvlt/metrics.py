@@ -52,7 +52,8 @@ def unseen_scenes(level: shapes.Level, most: int) -> list[shapes.Scene]:
     return list(scenes)
 
 
-def evaluate_scenes(pipeline, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0) -> dict:
+def evaluate_scenes(pipeline, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0,
+                    captions_too: bool = True) -> dict:
     """Draws and captions unseen scenes and judges the results; {name: Share} and, beside them, plain numbers.
 
     pipeline offers draw(prompts, torch.Generator), caption(images, torch.Generator), image_to_tokens and
@@ -61,40 +62,42 @@ def evaluate_scenes(pipeline, level: shapes.Level, num_scenes: int, phrasings: i
     draws and writes as well, but ignores what it was given.
     """
     scenes = unseen_scenes(level, num_scenes)
-    rng = random.Random(keyed_seed(seed, "phrasings"))
+    rng, generator = random.Random(keyed_seed(seed, "phrasings")), keyed_generator(seed, "decoding")
     asked = [scene for scene in scenes for _ in range(phrasings)]
     prompts = [shapes.describe(scene, level, rng) for scene in asked]
     truth = np.stack([shapes.draw_scene(scene, level, rng) for scene in asked])                   # (M, S, S, 3)
 
-    generator = keyed_generator(seed, "decoding")
-    seen = shapes.read_images(pipeline.draw(prompts, generator), level)
-    repainted = shapes.read_images(pipeline.tokens_to_image(pipeline.image_to_tokens(truth)), level)
-    captions, lengths = pipeline.caption(truth, generator)
-    true_lengths = pipeline.caption_lengths(prompts)
-
-    claims, written = [shapes.parse(prompt) for prompt in prompts], [shapes.parse(caption) for caption in captions]
-    drawn = [shapes.judge(c, reading.scene) for c, reading in zip(claims, seen)]
-    told = [shapes.judge(c, scene) for c, scene in zip(written, asked)]
-    others = asked[phrasings:] + asked[:phrasings]                                                # the next scene's
-    other_claims = claims[phrasings:] + claims[:phrasings]
-    drawn_blind = [shapes.judge(c, reading.scene) for c, reading in zip(other_claims, seen)]
-    told_blind = [shapes.judge(c, scene) for c, scene in zip(written, others)]
-    clean = [reading.is_clean for reading in seen]
-
     def share(values) -> Share:
         return share_over_scenes(list(values), phrasings)
 
-    return {
+    claims = [shapes.parse(prompt) for prompt in prompts]
+    seen = shapes.read_images(pipeline.draw(prompts, generator), level)
+    clean = [reading.is_clean for reading in seen]
+    drawn = [shapes.judge(c, reading.scene) for c, reading in zip(claims, seen)]
+    drawn_blind = [shapes.judge(c, reading.scene) for c, reading in zip(claims[phrasings:] + claims[:phrasings], seen)]
+    repainted = shapes.read_images(pipeline.tokens_to_image(pipeline.image_to_tokens(truth)), level)
+    results = {
         "scenes": len(scenes), "phrasings": phrasings,
         "t2i_exact": share(v.exact and ok for v, ok in zip(drawn, clean)),
         "t2i_facts": share(v.right / v.total for v in drawn),
-        "i2t_exact": share(v.exact for v in told),
-        "i2t_facts": share(v.right / v.total for v in told),
         "t2i_exact_ignoring": share(v.exact and ok for v, ok in zip(drawn_blind, clean)),
         "t2i_facts_ignoring": share(v.right / v.total for v in drawn_blind),
+        "reconstruction": share(r.is_clean and r.scene == scene for r, scene in zip(repainted, asked)),
+    }
+    if not captions_too:
+        return results
+
+    others = asked[phrasings:] + asked[:phrasings]                                                # the next scene's
+    captions, lengths = pipeline.caption(truth, generator)
+    true_lengths = pipeline.caption_lengths(prompts)
+    written = [shapes.parse(caption) for caption in captions]
+    told = [shapes.judge(c, scene) for c, scene in zip(written, asked)]
+    told_blind = [shapes.judge(c, scene) for c, scene in zip(written, others)]
+    return results | {
+        "i2t_exact": share(v.exact for v in told),
+        "i2t_facts": share(v.right / v.total for v in told),
         "i2t_exact_ignoring": share(v.exact for v in told_blind),
         "i2t_facts_ignoring": share(v.right / v.total for v in told_blind),
-        "reconstruction": share(r.is_clean and r.scene == scene for r, scene in zip(repainted, asked)),
         "length": share(a == b for a, b in zip(lengths, true_lengths)),
         "length_constant": Counter(true_lengths).most_common(1)[0][1] / len(true_lengths),
     }

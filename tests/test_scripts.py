@@ -254,7 +254,7 @@ def test_eval_edit_and_sweep(tmp_path, capsys):
         assert f"{results[name]['value']:.3f} [" in out
     eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--out", "sweep.json"])
     rows, out = json.loads(Path("sweep.json").read_text()), capsys.readouterr().out
-    assert len(rows) == 7 * 5 and "order halton" in out and "guidance" not in out
+    assert len(rows) == (7 + 6) * 5 and "order halton" in out and "guidance" not in out
     assert "knows the empty caption" in refused("eval.py", ["sweep", "--vary", "guidance"], capsys)
     guided = untrained(tmp_path / "guided.pt", condition_dropout=0.1)
     eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--checkpoint", str(guided), "--vary", "guidance",
