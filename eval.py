@@ -51,11 +51,12 @@ def edit(args) -> None:
     whole = metrics.evaluate_scenes(pipeline, level, args.num_scenes, args.phrasings, args.seed)
     results |= {"t2i": whole["t2i_exact"], "i2t": whole["i2t_exact"]}
     if pipeline.cfg.task_weights[2]:
-        results |= metrics.evaluate_pairs(pipeline, level, results["scenes"] * args.phrasings, args.seed)
+        results |= metrics.evaluate_pairs(pipeline, level, args.num_pairs, args.seed)
     print(f"{results['scenes']} unseen scenes, {results['phrasings']} phrasings each; exact, 95% intervals over scenes")
     for name, what in (("object_inpainted", "an object inpainted"), ("centre_inpainted", "the centre inpainted"),
                        ("t2i", "all drawn (T2I)"), ("object_infilled", "a noun phrase infilled"),
                        ("centre_infilled", "the middle words infilled"), ("i2t", "all written (I2T)"),
+                       ("i2t_true_length", "  in the true one's length"),
                        ("pairs_agree", "made together, in agreement"), ("pairs_crowded", "  of several objects")):
         if name not in results:  # of a model that was not trained in it2it
             continue
@@ -66,33 +67,36 @@ def edit(args) -> None:
 
 
 def sweep(args) -> None:
-    """Exact accuracy against decoding steps, for every order and schedule, some temperatures and noises of drawing
-    and, if the model knows the empty prompt, some guidance."""
+    """Exact accuracy against decoding steps, for every order and schedule and some temperatures and noises of drawing;
+    if the model knows the empty prompt, for some guidance; if it was trained in it2it, pairs by the text's order."""
     pipeline, level = small_world(args)
-    steps = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= pipeline.cfg.image_tokens]
-    variants = [(kind, name, {f"{modality}_{kind}": name for modality in ("image", "text")}, TASKS[:2])
-                for kind, names in (("order", ORDERS), ("schedule", SCHEDULES)) for name in names]
-    # from the first step to the last; the middle ones stand between the tiny preset's and the release's
-    variants += [(kind, f"{a:g} to {b:g}", {f"image_{kind}": (a, b)}, TASKS[:1]) for kind, pairs in (
-        ("temperature", ((0.3, 0.1), (1.0, 0.3), (1.4, 0.6))), ("noise", ((0.0, 0.0), (0.5, 0.1), (2.0, 0.2))))
-        for a, b in pairs]
-    if pipeline.cfg.condition_dropout:
-        variants += [("guidance", w, {"guidance": w}, TASKS[:1]) for w in (1.0, 1.5, 2.0, 3.0, 5.0)]
-    elif args.vary == "guidance":
-        raise ValueError("--vary guidance wants a model trained with condition_dropout, that knows the empty caption")
+    cfg, both, drawn = pipeline.cfg, ("t2i_exact", "i2t_exact"), ("t2i_exact",)
+    paired = ("pairs_agree", "pairs_crowded")
+    variants = [("order", name, {"image_order": name, "text_order": name}, both) for name in ORDERS]
+    variants += [("schedule", name, {"image_schedule": name, "text_schedule": name}, both) for name in SCHEDULES]
+    variants += [("temperature", f"{a:g} to {b:g}", {"image_temperature": (a, b)}, drawn)  # first step to last
+                 for a, b in ((0.3, 0.1), (1.0, 0.3), (1.4, 0.6))]
+    variants += [("noise", f"{a:g} to {b:g}", {"image_noise": (a, b)}, drawn)
+                 for a, b in ((0.0, 0.0), (0.5, 0.1), (2.0, 0.2))]
+    variants += [("guidance", w, {"guidance": w}, drawn) for w in (1.0, 1.5, 2.0, 3.0, 5.0) if cfg.condition_dropout]
+    variants += [("pairs", name, {"pair_text_order": name}, paired) for name in ORDERS if cfg.task_weights[2]]
     variants = [variant for variant in variants if args.vary in (None, variant[0])]
-    table = []
+    if not variants:
+        wanted = {"guidance": "condition_dropout, that knows the empty caption", "pairs": "it2it"}[args.vary]
+        raise ValueError(f"--vary {args.vary} wants a model trained with {wanted}")
+    steps, table = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= cfg.image_tokens], []
     print(f"{'':22}{'':8}" + "".join(f"K = {k:<11}" for k in steps) + "\n" + 30 * " " + "exact, half of a 95% interval")
-    for kind, name, settings, tasks in variants:
+    for kind, name, settings, measures in variants:
         rows = []
         for k in steps:
             chosen = pipeline.with_settings(image_steps=k, text_steps=k, **settings)
-            rows.append(metrics.evaluate_scenes(chosen, level, args.num_scenes, args.phrasings, args.seed,
-                                                "i2t" in tasks))
-            table.append({kind: name, "steps": k, **metrics.as_json({t: rows[-1][f"{t}_exact"] for t in tasks})})
-        for task in tasks:
-            shares = [row[f"{task}_exact"] for row in rows]
-            print(f"{kind} {name:<{21 - len(kind)}}{task:8}"
+            rows.append(metrics.evaluate_pairs(chosen, level, args.num_pairs, args.seed) if measures is paired else
+                        metrics.evaluate_scenes(chosen, level, args.num_scenes, args.phrasings, args.seed,
+                                                captions_too=measures is both))
+            table.append({kind: name, "steps": k} | metrics.as_json({what: rows[-1][what] for what in measures}))
+        for what in measures:
+            shares = [row[what] for row in rows]
+            print(f"{kind} {name:<{21 - len(kind)}}{what.removesuffix('_exact').removeprefix('pairs_'):8}"
                   + "".join(f"{s.value:.3f} +-{(s.high - s.low) / 2:<6.2f}" for s in shares))
     save(args, table)
 
@@ -267,11 +271,12 @@ def main(argv: list[str] | None = None) -> None:
                         help="what to measure (default scenes)")
     parser.add_argument("--checkpoint", type=Path, help="a last.pt or best.pt (default: the newest runs/*/last.pt)")
     parser.add_argument("--num-scenes", type=int, default=1000, help="at most this many unseen scenes (default 1000)")
+    parser.add_argument("--num-pairs", type=int, default=128, help="made from nothing, by edit and sweep (default 128)")
     parser.add_argument("--phrasings", type=int, default=2, help="ways each is asked for (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of phrasings and decoding (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--out", type=Path, help="a JSON file for the results; for coco a folder")
-    parser.add_argument("--vary", choices=("order", "schedule", "temperature", "noise", "guidance"),
+    parser.add_argument("--vary", choices=("order", "schedule", "temperature", "noise", "guidance", "pairs"),
                         help="what sweep varies (default all)")
     group = parser.add_argument_group("for table")
     group.add_argument("--pool", type=Path, default=Path("runs/pool"), help="its folder (default runs/pool)")
@@ -291,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--compile", action="store_true", help="torch.compile both, on CUDA with CUDA graphs")
     add_coco_flags(parser)
     args = parser.parse(argv)
-    for flag in ("num_scenes", "phrasings", "seeds", "workers", "repeats", "num", "candidates", "steps"):
+    for flag in ("num_scenes", "num_pairs", "phrasings", "seeds", "workers", "repeats", "num", "candidates", "steps"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
     if args.out and args.what != "coco" and not args.out.parent.is_dir():

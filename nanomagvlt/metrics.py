@@ -110,8 +110,8 @@ def evaluate_editing(pipeline, level: shapes.Level, num_scenes: int, phrasings: 
     the middle half of the image's rows and columns, and of the caption's words. inpainted sees the prompt and the rest
     of the image, infilled the image and the rest of the caption. "without" withholds the other modality, which is then
     made together with what is missing, as it2it does: what the context alone gives. A model that was not trained in
-    it2it has no such figures. Raises ValueError where a caption is longer than the model's text.
-    pipeline offers draw_tokens, write_tokens, make_pairs and what evaluate_scenes() wants.
+    it2it has no such figures. "i2t_true_length": all words are hidden, their number is not. pipeline offers
+    draw_tokens, write_tokens, make_pairs and what evaluate_scenes() wants. ValueError if a caption exceeds its text.
     """
     scenes = unseen_scenes(level, num_scenes)
     rng = random.Random(keyed_seed(seed, "phrasings"))
@@ -154,7 +154,9 @@ def evaluate_editing(pipeline, level: shapes.Level, num_scenes: int, phrasings: 
     phrases = torch.zeros_like(text_tokens, dtype=torch.bool)                                        # (M, T)
     for row, prompt, thing in zip(phrases, prompts, things):
         row[list(edit.word_places(bpe, prompt, f"{thing.colour} {thing.shape}"))] = True
+    rewritten = pipeline.write_tokens(image_tokens, keyed_generator(seed, "length"), text_tokens, lengths, all_words)[0]
     return {"scenes": len(scenes), "phrasings": phrasings, **edited("object", cells, phrases),
+            "i2t_true_length": told_right(pipeline.read_texts(rewritten, lengths)),
             **edited("centre", edit.centre_places(cfg.grid).expand(len(asked), -1),
                      edit.centre_words(lengths, cfg.text_length))}
 

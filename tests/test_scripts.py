@@ -246,23 +246,23 @@ def test_eval_edit_and_sweep(tmp_path, capsys):
         eval.main(["edit", "--checkpoint", str(untrained(tmp_path / "short.pt")), "--num-scenes", "3"])
     assert "captions of shapes:micro have more than text_length 24 tokens here" in capsys.readouterr().err
     untrained(tmp_path / "runs" / "x" / "last.pt", task_weights=(1.0, 1.0, 1.0), text_length=60)
-    eval.main(["edit", "--num-scenes", "3", "--phrasings", "2", "--out", "edit.json"])
+    eval.main(["edit", "--num-scenes", "3", "--phrasings", "2", "--num-pairs", "2", "--out", "edit.json"])
     results, out = json.loads(Path("edit.json").read_text()), capsys.readouterr().out
     for name in ("object_inpainted", "object_inpainted_without", "object_infilled", "object_infilled_without",
                  "centre_inpainted", "centre_inpainted_without", "centre_infilled", "centre_infilled_without", "t2i",
-                 "i2t"):
+                 "i2t", "i2t_true_length", "pairs_agree"):
         assert f"{results[name]['value']:.3f} [" in out
-    eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--out", "sweep.json"])
+    eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--num-pairs", "2", "--out", "sweep.json"])
     rows, out = json.loads(Path("sweep.json").read_text()), capsys.readouterr().out
-    assert len(rows) == (7 + 6) * 5 and "order halton" in out and "guidance" not in out
+    assert len(rows) == (7 + 6 + 4) * 5 and "order halton" in out and "guidance" not in out
     assert "knows the empty caption" in refused("eval.py", ["sweep", "--vary", "guidance"], capsys)
     guided = untrained(tmp_path / "guided.pt", condition_dropout=0.1)
     eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--checkpoint", str(guided), "--vary", "guidance",
                "--out", "guided.json"])
     found, out = json.loads(Path("guided.json").read_text()), capsys.readouterr().out
     assert len(found) == 5 * 5 and "guidance 1.5          t2i" in out and "order" not in out
-    assert [row["t2i"] for row in found if row["guidance"] == 1] == [  # 1 is none: as the default order, gumbel
-        row["t2i"] for row in rows if row.get("order") == "gumbel"]
+    assert [row["t2i_exact"] for row in found if row["guidance"] == 1] == [  # 1 is none: as the default order, gumbel
+        row["t2i_exact"] for row in rows if row.get("order") == "gumbel"]
 
 
 def test_prepare_then_train_on_it(trained, capsys):
