@@ -74,9 +74,9 @@ def sweep(args) -> None:
     paired = ("pairs_agree", "pairs_crowded")
     variants = [("order", name, {"image_order": name, "text_order": name}, both) for name in ORDERS]
     variants += [("schedule", name, {"image_schedule": name, "text_schedule": name}, both) for name in SCHEDULES]
-    variants += [("temperature", f"{a:g} to {b:g}", {"image_temperature": (a, b)}, drawn)  # first step to last
+    variants += [("temperature", f"{a:g}, {b:g}", {"image_temperature": (a, b)}, drawn)  # first step to last
                  for a, b in ((0.3, 0.1), (1.0, 0.3), (1.4, 0.6))]
-    variants += [("noise", f"{a:g} to {b:g}", {"image_noise": (a, b)}, drawn)
+    variants += [("noise", f"{a:g}, {b:g}", {"image_noise": (a, b)}, drawn)
                  for a, b in ((0.0, 0.0), (0.5, 0.1), (2.0, 0.2))]
     variants += [("guidance", w, {"guidance": w}, drawn) for w in (1.0, 1.5, 2.0, 3.0, 5.0) if cfg.condition_dropout]
     variants += [("pairs", name, {"pair_text_order": name}, paired) for name in ORDERS if cfg.task_weights[2]]
