@@ -2,7 +2,7 @@
 
   scenes    on unseen scenes of the small world: are drawings and captions exactly right? (default)
   edit      whole objects hidden and inpainted, whole noun phrases hidden and infilled
-  sweep     how right drawings and captions are, against decoding steps and order
+  sweep     how right they are, against decoding steps, orders, schedules, temperatures, guidance
   bias      in a biased world: is it said what is there, or what is usual?
   speed     masked against autoregressive decoding, random weights: python eval.py speed --preset base
   table     trains a pool of variants, and prints the paper's tables from it: python eval.py table --minutes 12

@@ -23,9 +23,9 @@ from nanomagvlt.objectives import bfloat16_if_wanted, masked_cross_entropy
 MAIN = "generated"  # the term that validation adds up over the tasks
 
 
-def total_loss(terms: dict[str, Tensor], task: str, cfg) -> Tensor:
+def total_loss(task: str, cfg, generated: Tensor, condition: Tensor) -> Tensor:
     """The loss over the whole sequence (appendix A): 0.9 on what is generated, 0.1 on the condition."""
-    return 0.9 * terms["generated"] + 0.1 * terms["condition"]
+    return 0.9 * generated + 0.1 * condition
 
 
 def loss_terms(model, task: str, batch: dict[str, Tensor], uniform, counts: dict[str, Tensor] | None = None,

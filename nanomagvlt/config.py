@@ -100,7 +100,7 @@ class Config:
     image_top_k: int = 0                     # sample among this many likeliest tokens; 0: among all
     image_noise: tuple[float, ...] = (0.5, 0.1)  # Gumbel noise on the confidence, first step to last; P 2.0, 0.2
     image_order: str = "gumbel"              # kept first: gumbel (confident ones, noisily), confidence, random, halton
-    image_schedule: str = "cosine"           # gamma in decoding: cosine, linear, square; P cosine
+    image_schedule: str = "cosine"           # gamma in decoding, training has P: cosine, linear, square; P cosine
     guidance: float = 1.0                    # classifier-free guidance of drawings; 1: none
     text_steps: int = 24                     # K for text; P 12
     text_temperature: float = 0.1            # sampling temperature, every step
@@ -214,7 +214,8 @@ def refuse(problems: list[tuple[bool, str]]) -> None:
 
 
 AT_LEAST = {
-    0: "bpe_merges vq_start vq_critic_start vq_critic_ramp micro_batch warmup weight_decay eval_scenes",
+    0: "bpe_merges vq_start vq_critic_start vq_critic_ramp length_weight unroll_weight mixsel_weight micro_batch "
+       "warmup weight_decay eval_scenes",
     1: "pairs image_size text_length text_bucket codebook_size codebook_dim vq_channels vq_res_blocks vq_latent "
        "vq_groups vq_images vq_steps vq_batch vq_critic_channels layers width heads steps batch_size "
        "text_steps log_every eval_every sample_every save_every",
@@ -260,7 +261,7 @@ VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "v
                 "vq_attention", "vq_latent", "vq_groups", "vq_patchwise")
 
 # Fields that a later run of the same name may change: they say how long, how often and how, not what. (Parts of another
-# size are another draw of MixSel's partners and of dropout.)
+# size are another draw of MixSel's partners, of dropout and, where they are padded otherwise, of hidden words.)
 MAY_CHANGE = ("steps", "micro_batch", "compile", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")
 
 

@@ -1,4 +1,4 @@
-"""Chapter 11, continued - From pairs to batches.
+"""Chapter 12 - From pairs to batches.
 
 Training reads one format, the token cache: image tokens as uint16 and captions as text, both memory-mapped. The images
 are tokenised once, the captions anew each time, since BPE dropout wants them so.

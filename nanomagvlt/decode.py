@@ -171,9 +171,11 @@ def write_text(model, image_tokens: Tensor, generator: torch.Generator, text_len
     """Captions (B, T) of image_tokens (B, N), their lengths (B,), predicted if not given, and every decoding step.
 
     T is cfg.text_length. From a caption's length on there are zeros; its end token is guessed like any other. A canvas
-    with some places to fill (infilling) wants its text_lengths.
+    with some places to fill (infilling) wants its text_lengths: ValueError without.
     """
     cfg = model.cfg
+    if canvas and text_lengths is None:
+        raise ValueError("a canvas to write on wants text_lengths")
     nothing = torch.zeros_like(image_tokens, dtype=torch.bool)
     if text_lengths is None:
         text_lengths = predict_length(model, image_tokens, nothing)
@@ -192,8 +194,9 @@ def draw_pair(model, image: Canvas, text: Canvas, text_lengths: Tensor, generato
     """Image and text together (appendix D): image tokens (B, N), text tokens (B, T), text lengths (B,).
 
     text_lengths (B,) is where to begin. It is read again after every step, from the image as far as it is drawn: text
-    places that a longer text gains are masked, those that a shorter one loses are dropped. keep_length is for a text of
-    which a part is known. Both canvases must have the same number of steps; these are in their traces.
+    places that a longer text gains are masked, those that a shorter one loses are dropped. A text of which a part is
+    known wants keep_length: else its words might be written over. Both canvases must have the same number of steps;
+    these are in their traces.
     """
     cfg = model.cfg
 

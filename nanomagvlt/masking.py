@@ -22,7 +22,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-SLACK = 1e-9  # keeps rounding errors of gamma * N from adding or losing a place where the product is a whole number
+SLACK = 1e-9  # keeps float64's rounding of gamma * N from adding or losing a place where the product is a whole number
 
 
 SCHEDULES = ("cosine", "linear", "square")
@@ -57,9 +57,9 @@ def num_masked(share: Tensor, num_places: Tensor | int, rounding: Callable[[Tens
 def decoding_counts(num_hidden: Tensor, steps: int, schedule: str, can_remask: bool) -> Tensor:
     """How many places are masked before each of the K decoding steps, of num_hidden (B,) to fill: (B, K) long.
 
-    Images keep what they once kept: ceil(gamma(k/K) N), and each step keeps at least one place more.
-    There must be at least as many places as steps. Text may be masked again (can_remask): floor(gamma(k/K) N), at
-    least 1 (the paper writes ceil, the authors' code has floor).
+    Images keep what they once kept: ceil(gamma(k/K) N), and each step keeps at least one place more; rows with fewer
+    places than steps then have no meaning (decode() refuses them). Text may be masked again (can_remask):
+    floor(gamma(k/K) N), at least 1 (the paper writes ceil, the authors' code has floor).
     """
     share = gamma(torch.arange(steps, dtype=torch.float64) / steps, schedule).to(num_hidden.device)  # (K,)
     places = share * num_hidden[:, None]                                                             # (B, K)

@@ -14,7 +14,7 @@ join it; eq. 6, total_loss(), adds them up:
 Everything here is on tokens: no pixel, no string. The model is handed in, and so is the randomness, as
 `uniform(purpose, *shape)`, which gives uniform numbers in [0, 1) of shape (B, *shape), always the same for a purpose
 in one update: so that a sample's numbers can be made the same however a batch is split. (MixSel's partners and
-direction, and the means, are still those of the batch that is handed in.)
+direction, the means, and how many numbers T text places want are still those of the batch that is handed in.)
 
 Shapes: B batch, N image places on G x G, V_I image and V_T text vocabulary, T text places of this batch: its longest
 caption or a little more, at most cfg.text_length. Read on in decode.py.
@@ -39,9 +39,9 @@ Batch = dict[str, Tensor]
 Counts = dict[str, Tensor]  # see num_scored()
 
 
-def total_loss(terms: dict[str, Tensor], task: str, cfg) -> Tensor:
+def total_loss(task: str, cfg, mask: Tensor | float = 0.0, length: Tensor | float = 0.0,
+               unroll: Tensor | float = 0.0, mixsel: Tensor | float = 0.0) -> Tensor:
     """Eq. 6, of all terms or of those given: L is a sum, so its parts may be back-propagated one by one."""
-    mask, length, unroll, mixsel = (terms.get(name, 0.0) for name in ("mask", "length", "unroll", "mixsel"))
     return (mask                                                  # L_mask
             + cfg.length_weight * length * (task != "t2i")        # + lambda_TL L_TL, not in T2I
             + cfg.unroll_weight * unroll * (task != "it2it")      # + lambda_UM L_UM, not in IT2IT
@@ -57,7 +57,7 @@ def loss_terms(model, task: str, batch: Batch, uniform: Uniform,
     divided by the whole update's count, and the parts' terms add up to the update's mean. `run` is one_pass(), perhaps
     compiled.
     """
-    cfg, whole, counts, run = model.cfg, batch, counts or {}, run or one_pass
+    cfg, with_captions, counts, run = model.cfg, batch, counts or {}, run or one_pass
     if task == "t2i" and cfg.condition_dropout and model.training:
         batch = drop_captions(batch, uniform, cfg)
     text_tokens, lengths = batch["text_tokens"], batch["text_lengths"]
@@ -72,7 +72,7 @@ def loss_terms(model, task: str, batch: Batch, uniform: Uniform,
     if cfg.unroll_mask and task != "it2it":
         # No gradient flows through a guess: it is a number, drawn from the main pass's logits at temperature 1.
         guessed, _ = sample(logits, uniform("unroll guesses", logits.shape[1]))                      # (B, N) or (B, T)
-    del terms, loss, logits, length_logits  # else the main pass's memory would be held through the next
+    del terms, loss, logits, length_logits  # the logits are large, and would be held through the next pass
 
     if task != "t2i" and cfg.length_pass == "own":
         # In the main pass BOT does not see the text, but the image places do, and BOT sees those: from the second
@@ -86,7 +86,7 @@ def loss_terms(model, task: str, batch: Batch, uniform: Uniform,
         yield {"unroll": unroll_mask(model, task, batch, image_is_masked, text_is_masked, guessed, uniform,
                                      counts.get("unroll"), run)}
     if cfg.mixsel != "off":
-        yield {"mixsel": mixsel(model, task, whole, uniform, counts.get("mixsel"), run)}
+        yield {"mixsel": mixsel(model, task, with_captions, uniform, counts.get("mixsel"), run)}
 
 
 def num_scored(task: str, batch: Batch, uniform: Uniform, cfg) -> Counts:
@@ -236,16 +236,16 @@ def mixsel(model, task: str, batch: Batch, uniform: Uniform, counts: Tensor | No
     """
     cfg, mixed = model.cfg, mix(task, batch, uniform, model.cfg)
     seq = sequence.build(task, cfg, mixed.shown["image_tokens"], mixed.hidden[0], mixed.shown["text_tokens"],
-                         mixed.hidden[1], mixed.lengths, mixed.selector if cfg.mixsel == "select" else None)
+                         mixed.hidden[1], mixed.shown["text_lengths"],
+                         mixed.selector if cfg.mixsel == "select" else None)
     return run(model, task, seq, mixed.shown, counts)[0]
 
 
 @dataclass
 class Mix:
-    """A batch of mixes: tokens, what is hidden of them, how long their texts are, and which context is meant."""
+    """A batch of mixes: tokens and lengths, what is hidden of them, and which context is meant."""
     shown: Batch                    # what the model reads and, where it is hidden, the targets
     hidden: tuple[Tensor, Tensor]   # (B, N) and (B, T') bool
-    lengths: Tensor                 # (B,)
     selector: Tensor                # (B,) LEFT, RIGHT, TOP or BOTTOM
 
 
@@ -256,7 +256,7 @@ def mix(task: str, batch: Batch, uniform: Uniform, cfg) -> Mix:
       t2i    two captions, joined as a || b; the own image is drawn                 selector LEFT or RIGHT
       i2t    two images, left|right or top|bottom; the own caption is written       LEFT, RIGHT, TOP or BOTTOM
       it2it  both are joined; the own half of the image and the own caption         LEFT, RIGHT, TOP or BOTTOM
-    LEFT and TOP say that the first is meant. The direction, left|right or top|bottom, is drawn once a batch.
+    LEFT and TOP say that the first is meant. The direction, left|right or top|bottom, is drawn once for all of them.
     """
     n = batch["image_tokens"].shape[1]
     own_first = uniform("mix side") < 0.5                                                            # (B,)
@@ -266,12 +266,12 @@ def mix(task: str, batch: Batch, uniform: Uniform, cfg) -> Mix:
     second = {name: choose(own_first, other[name], tensor) for name, tensor in batch.items()}
     stacked = (uniform("mix direction")[:1] < 0.5) & (task != "t2i")                                 # (1,) top|bottom?
 
-    shown, lengths = dict(batch), batch["text_lengths"]
+    shown = dict(batch)
     image_may_hide, text_may_hide = may_hide(task, batch)                                            # (B, N), (B, T)
     if task != "t2i":
         shown["image_tokens"] = join_images(first, second, stacked)
     if task != "i2t":
-        shown["text_tokens"], lengths, is_first, is_second = join_texts(first, second, cfg)
+        shown["text_tokens"], shown["text_lengths"], is_first, is_second = join_texts(first, second, cfg)
         text_may_hide = choose(own_first, is_first, is_second) & (task == "it2it")                   # (B, T)
     if task == "it2it":
         image_may_hide = first_half(n, stacked) == own_first[:, None]                                # (B, N)
@@ -280,7 +280,7 @@ def mix(task: str, batch: Batch, uniform: Uniform, cfg) -> Mix:
     hidden = hide(task, image_may_hide, text_may_hide, uniform, "mix", cfg, rounding)
     selector = torch.where(own_first, torch.where(stacked, sequence.TOP, sequence.LEFT),
                            torch.where(stacked, sequence.BOTTOM, sequence.RIGHT))                    # (B,)
-    return Mix(shown, hidden, lengths, selector)
+    return Mix(shown, hidden, selector)
 
 
 def partners(uniform: Tensor) -> Tensor:

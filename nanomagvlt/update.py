@@ -91,7 +91,7 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, p
     for part, batch, uniform in mine:
         torch.manual_seed(keyed_seed(cfg.seed, "dropout", step, part.start))  # dropout alone uses the global generator
         for of_a_pass in method.loss_terms(model, task, batch, uniform, counts, one_pass):
-            method.total_loss(of_a_pass, task, cfg).backward()  # part by part of the sum: one graph lives at a time
+            method.total_loss(task, cfg, **of_a_pass).backward()  # part by part of the sum: one graph lives at a time
             for name, term in of_a_pass.items():
                 terms[name] = terms.get(name, 0.0) + term.detach()
     parallel.add_up([p.grad for p in model.parameters() if p.grad is not None] + list(terms.values()))

@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_each_next_token(task, causal, batch):
     generated, condition = (image, text) if task == "t2i" else (text, image)
     assert torch.allclose(terms["generated"], generated, atol=1e-5)
     assert torch.allclose(terms["condition"], condition, atol=1e-5)
-    assert torch.allclose(argvlt.total_loss(terms, task, causal.cfg), 0.9 * generated + 0.1 * condition, atol=1e-5)
+    assert torch.allclose(argvlt.total_loss(task, causal.cfg, **terms), 0.9 * generated + 0.1 * condition, atol=1e-5)
 
 
 def test_what_a_causal_model_has_not():

@@ -11,6 +11,7 @@ import pytest
 
 from nanomagvlt.bpe import BPE, BYTE_TO_SYMBOL, CLIP_MERGES, END, START, clean, clean_caption, clean_written, merge
 from nanomagvlt.bpe import split_clip, to_symbols
+from nanomagvlt.sequence import SEPARATOR
 
 CLIP_DIR = Path(__file__).parents[2] / "shared" / "data" / "clip"
 CAPTIONS = ["A red circle above a blue circle.", "A big red square.", "The redder the circle, the better!"]
@@ -157,6 +158,10 @@ def test_files(small, tmp_path, words):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bpe.txt", "bpe.txt.gz"]
     assert (tmp_path / "bpe.txt.gz").read_bytes()[:2] == b"\x1f\x8b"
     assert BPE.from_text("#version: 0.2\r\na b\r\n").words == "clip"
+
+
+def test_the_separator_of_mixed_captions_is_a_bar(small):
+    assert small.decode([SEPARATOR]) == "|" and SEPARATOR == small.ids["|"]
 
 
 def test_broken_files_are_refused(small, tmp_path):

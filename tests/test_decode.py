@@ -79,7 +79,9 @@ def test_an_image_token_once_drawn_stays_and_a_text_token_may_change():
     for before, after in zip(trace, trace[1:]):
         assert not (after.is_masked & ~before.is_masked).any()
         assert (after.is_masked.sum(1) < before.is_masked.sum(1)).all()
-        assert torch.equal(before.tokens[~after.is_masked], after.tokens[~after.is_masked])
+        kept = ~after.is_masked
+        assert torch.equal(before.tokens[kept], after.tokens[kept])
+        assert torch.equal(before.confidence[kept], after.confidence[kept])  # as sure as when it was drawn
     _, trace = run(unsure(), tokens, to_fill, with_steps(TEXT, 10))
     assert any((after.is_masked & ~before.is_masked).any() for before, after in zip(trace, trace[1:]))
 
@@ -138,6 +140,12 @@ def test_sample_follows_the_distribution_and_top_k():
     assert sample(logits[:2], edges)[0].flatten().tolist() == [0, 4]
 
 
+def test_with_top_k_1_only_the_likeliest_is_put_in():
+    tokens, to_fill = canvas(share=1.1)
+    logits = torch.randn(4, 16, V, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(run(lambda *_: logits, tokens, to_fill, replace(IMAGE, top_k=1))[0], logits.argmax(-1))
+
+
 def test_images_and_captions_of_a_real_model(cfg, model, batch):
     image_tokens, trace = draw_image(model, batch["text_tokens"], batch["text_lengths"],
                                      torch.Generator().manual_seed(0))
@@ -189,6 +197,8 @@ def test_given_words_stay(model, batch):
                                   Canvas(batch["text_tokens"], to_fill, text_recipe(model.cfg)))
     assert torch.equal(written[~to_fill], batch["text_tokens"][~to_fill]) and torch.equal(same, lengths)
     assert not torch.equal(written, batch["text_tokens"])
+    with pytest.raises(ValueError, match="wants text_lengths"):
+        write_text(model, batch["image_tokens"], torch.Generator(), canvas=Canvas(written, to_fill, TEXT))
 
 
 def test_guidance_of_one_is_none_and_more_goes_away_from_the_empty_caption(model, batch):
@@ -211,8 +221,11 @@ def test_guidance_of_one_is_none_and_more_goes_away_from_the_empty_caption(model
 def test_a_pair_is_drawn_together_its_length_read_again(cfg, model, batch, monkeypatch):
     """The length first grows from 3 to 6, then falls to 2: new places are masked and filled, lost ones are dropped."""
     said = iter([6, 6, 2])
-    monkeypatch.setattr("nanomagvlt.decode.predict_length",
-                        lambda model, tokens, is_masked: torch.full((5,), next(said)))
+
+    def predict(model, tokens, is_masked):
+        assert tokens is image.tokens and is_masked is image.is_masked and is_masked.any()
+        return torch.full((5,), next(said))
+    monkeypatch.setattr("nanomagvlt.decode.predict_length", predict)
     image = Canvas(*blank_image(cfg, 5), replace(image_recipe(cfg), steps=4))
     start = torch.full((5,), 3)
     text = Canvas(*blank_text(cfg, start), replace(text_recipe(cfg), steps=4))
@@ -221,6 +234,8 @@ def test_a_pair_is_drawn_together_its_length_read_again(cfg, model, batch, monke
     assert seen[0][:4] == [True] * 3 + [False] and seen[1][3:6] == [True] * 3
     assert not any(any(row[2:]) for row in seen[3:]) and lengths.tolist() == [2] * 5
     assert len(image.trace) == 4 and (image.tokens < cfg.codebook_size).all()
+    assert text.to_fill[0].tolist() == [True] * 2 + [False] * (cfg.text_length - 2)
+    assert sum(seen[2]) == 3 == decoding_counts(torch.tensor([6]), 4, "linear", True)[0, 2]  # of the six there are then
     with pytest.raises(StopIteration):
         next(said)
 
@@ -242,8 +257,8 @@ def test_of_a_pair_what_is_given_stays(cfg, model, batch):
 def test_decoding_rules_are_those_of_the_release():
     assert image_recipe(preset("base")) == Recipe(10, "cosine", "gumbel", False, (1.4, 0.6), (2.0, 0.2), 0, 2 ** -10,
                                                   16)
-    assert replace(text_recipe(preset("large")), floor=0) == Recipe(12, "linear", "gumbel", True, (0.1, 0.1),
-                                                                    (-1.0, -1.0), 32, 0, 1)
+    assert text_recipe(preset("large")) == Recipe(12, "linear", "gumbel", True, (0.1, 0.1), (-1.0, -1.0), 32,
+                                                  torch.finfo(torch.float32).tiny, 1)
     assert preset("base").length_places == 16
 
 
@@ -252,7 +267,7 @@ def test_temperature_at_both_ends_and_the_floor_of_confidence():
     logits = torch.tensor([0.0, -1.0, -12.0]).expand(4000, 16, 3)
     _, trace = run(lambda tokens, is_masked: logits, torch.zeros(4000, 16, dtype=torch.long),
                    torch.ones(4000, 16, dtype=torch.bool), IMAGE)
-    for step, temperature in ((trace[0], 1.4), (trace[-1], 0.6)):
+    for step, temperature in ((trace[0], 1.4), (trace[5], 1.4 - 0.8 * 5 / 9), (trace[-1], 0.6)):
         p = (logits[0, 0] / temperature).softmax(0)
         drawn, confidence = step.tokens[step.is_masked], step.confidence[step.is_masked]
         assert torch.allclose(confidence, p.clamp(min=2.0 ** -10).log()[drawn])

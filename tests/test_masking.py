@@ -17,7 +17,7 @@ def test_gamma_falls_from_exactly_one_to_exactly_zero(schedule, dtype):
 def test_gamma_is_the_papers():
     u = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(gamma(u, "cosine"), torch.cos(u * math.pi / 2), atol=1e-15)
-    assert torch.equal(gamma(u, "linear"), 1 - u)
+    assert torch.equal(gamma(u, "linear"), 1 - u) and torch.allclose(gamma(u, "square") + u ** 2, torch.ones_like(u))
     with pytest.raises(ValueError, match="triangle"):
         gamma(u, "triangle")
 

@@ -16,6 +16,13 @@ def test_waves_are_alike_at_equal_distances():
         assert torch.allclose(diagonal, diagonal[0], atol=1e-3) and diagonal[0] < 0.99 * products[0, 0]
 
 
+def test_weights_start_as_small_as_is_said(cfg):
+    model = MAGVLT(dataclasses.replace(cfg, width=128, init_std=0.03, position_start="normal"))
+    for weight in (model.tokens.weight, model.places.weight, model.blocks[1].attention.qkv.weight):
+        assert abs(weight.std() - 0.03) < 0.002 and abs(weight.mean()) < 0.003
+    assert not model.blocks[1].attention.qkv.bias.any() and not model.output_bias.any()
+
+
 def test_positions_start_as_waves_of_the_row_the_column_and_the_text_place(cfg):
     places = MAGVLT(dataclasses.replace(cfg, position_start="waves")).places.weight
     assert torch.equal(places[0, :8], places[1, :8]) and torch.equal(places[0, 8:], places[2, 8:])    # G = 2, N = 4
@@ -92,6 +99,19 @@ def test_bot_does_not_look_ahead_in_any_layer(task, cfg, model, batch):
     valid, where = seq.is_valid[:, None, None], seq.layout
     a, b = (model.blocks[0].attention(y, valid, where)[:, where.bot] for y in (x, ahead))
     assert not torch.allclose(a, b)
+
+
+def test_dropout_is_on_residuals_and_in_attention_of_training_alone(cfg, batch):
+    model = MAGVLT(dataclasses.replace(cfg, dropout=0.5))
+    seq = build("t2i", cfg, batch)
+    assert torch.equal(model.eval()(seq), model(seq))
+    model.train()
+    for block in model.blocks:
+        block.dropout.p = 0.0
+    assert not torch.equal(model(seq), model(seq))
+    for block in model.blocks:
+        block.dropout.p, block.attention.dropout = 0.5, 0.0
+    assert not torch.equal(model(seq), model(seq))
 
 
 @pytest.mark.parametrize("task", sequence.TASKS)

@@ -1,5 +1,6 @@
 """The objective, on a real small model where gradients matter, and on tokens alone where numbers do."""
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -94,14 +95,44 @@ def test_equation_6(task, whole, batch, uniform):
         expected = expected + 0.01 * terms["length"]
     if task != "it2it":
         expected = expected + terms["unroll"]
-    loss = total_loss(terms, task, cfg)
+    loss = total_loss(task, cfg, **terms)
     assert torch.allclose(loss, expected) and all(term > 0 for term in terms.values())
     parameters = [p for name, p in whole.named_parameters() if task != "t2i" or name != "length.weight"]
     at_once = torch.autograd.grad(loss, parameters)
     whole.zero_grad()
     for part in loss_terms(whole, task, batch, uniform):
-        total_loss(part, task, cfg).backward()
+        total_loss(task, cfg, **part).backward()
     assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(at_once, parameters))
+
+
+def test_a_term_that_is_in_no_sum_is_an_error(cfg):
+    with pytest.raises(TypeError, match="count"):
+        total_loss("t2i", cfg, mask=torch.tensor(1.0), count=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("task", sequence.TASKS)
+def test_nothing_is_drawn_twice_with_the_same_numbers(task, whole, batch, uniform):
+    """Each pass, and in it image and text, has numbers of its own: else UnrollMask would hide the same places first."""
+    asked = []
+    terms_of(whole, task, batch, lambda purpose, *shape: asked.append(purpose) or uniform(purpose, *shape))
+    assert len(set(asked)) == len(asked)
+    for name in ("mask", "unroll", "mixsel"):
+        first = "main" if name == "mask" else name[:3] if name == "mixsel" else name
+        assert any(purpose.startswith(first) and "places" in purpose for purpose in asked) or (
+            name == "unroll" and task == "it2it")
+
+
+@pytest.mark.parametrize("setting, value", [("label_smoothing", 0.1), ("dropout", 0.5), ("precision", "bf16")])
+def test_a_setting_of_training_is_in_every_term(setting, value, cfg, batch, uniform):
+    """Of the same weights and masks: no term of any pass stays what it was."""
+    from nanomagvlt.model import MAGVLT
+    terms = []
+    for changes in ({}, {setting: value}):
+        torch.manual_seed(0)
+        model = MAGVLT(dataclasses.replace(cfg, **WHOLE, **changes).check()).train()
+        terms.append(terms_of(model, "i2t", batch, uniform))
+    unsmoothed = {"length"} if setting == "label_smoothing" else set()  # a length is no token
+    assert {name for name in terms[0] if terms[0][name] == terms[1][name]} == unsmoothed
 
 
 @pytest.mark.parametrize("task", sequence.TASKS)
@@ -111,7 +142,7 @@ def test_padding_does_not_touch_loss_or_gradient(task, whole, batch, uniform):
     gradients = []
     for b in (batch, other):
         whole.zero_grad()
-        total_loss(terms_of(whole, task, b, uniform), task, whole.cfg).backward()
+        total_loss(task, whole.cfg, **terms_of(whole, task, b, uniform)).backward()
         gradients.append([p.grad.clone() for p in whole.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
@@ -158,6 +189,12 @@ def test_length_counts_from_one_and_its_own_pass_shows_nothing_of_it(length_pass
     assert torch.allclose(terms_of(model, "i2t", batch, uniform)["length"], torch.tensor(float(cfg.text_length)).log())
     model.length_logits = lambda states, layout: 100.0 * F.one_hot(batch["text_lengths"] - 1, cfg.text_length)
     assert terms_of(model, "i2t", batch, uniform)["length"] < 1e-6
+    seen.clear()
+    model.eval()
+    terms_of(model, "it2it", batch, uniform)  # of the image no more is shown than in the main pass
+    assert torch.equal(seen[-1].is_masked[:, seen[-1].layout.image], seen[0].is_masked[:, seen[0].layout.image])
+    assert seen[0].is_masked[:, seen[0].layout.image].any()
+    terms_of(model, "i2t", batch, uniform)
     seen_text = seen[-1].is_valid[:, seen[-1].layout.text]
     if length_pass == "own":
         assert (seen_text.sum(1) == cfg.length_places).all()
@@ -234,6 +271,15 @@ def test_unroll_mask_sees_guesses_and_is_asked_for_the_originals(task, text, who
     if not (task == "i2t" and text == "all"):
         assert not (unrolled["masked"] & ~main["masked"]).any()
     assert not (unrolled["masked"] & ~seen[0].is_valid[:, getattr(seen[0].layout, name)]).any()
+
+
+def test_guesses_are_drawn_not_the_likeliest(whole, batch, uniform, monkeypatch):
+    """Two draws of the same logits, at places that stay masked in neither."""
+    seen = watched(whole, monkeypatch)
+    for number in (0.01, 0.99):
+        terms_of(whole, "t2i", batch, lambda purpose, *shape: torch.full((5, *shape), number)
+                 if purpose == "unroll guesses" else uniform(purpose, *shape))
+    assert torch.equal(seen[0].token_ids, seen[3].token_ids) and not torch.equal(seen[1].token_ids, seen[4].token_ids)
 
 
 @pytest.mark.parametrize("task", ["t2i", "i2t"])
@@ -327,6 +373,15 @@ def test_the_selector_names_what_is_asked_for(task, direction, whole, batch, uni
             words = (text[i, :2], text[i, 3:5])
             assert set(words[0 if is_first else 1].tolist()) <= {-1, i} and (words[1 if is_first else 0] >= 0).all()
             assert text[i, 2] == sequence.SEPARATOR and text[i, 5] == cfg.text_vocab - 1
+
+
+def test_of_half_an_image_the_floor_is_hidden(whole, batch, uniform):
+    """cos(pi/2 r) of its places, rounded down, at least one: as the authors' code (everywhere else up)."""
+    n = whole.cfg.image_tokens // 2
+    for r in (0.0, 0.3, 0.6, 0.9):
+        mixed = objectives.mix("it2it", batch, lambda purpose, *shape: torch.full((5,), r) if purpose == "mix r" else
+                               uniform(purpose, *shape), whole.cfg)
+        assert (mixed.hidden[0].sum(1) == max(1, math.floor(n * math.cos(math.pi / 2 * r)))).all()
 
 
 def test_mixrandom_tells_nobody(whole, batch, uniform, monkeypatch):

@@ -256,6 +256,12 @@ def test_a_folder_in_which_nothing_was_done_may_be_begun_anew(tmp_path):
     (run / "vqgan.pt").touch()
     with pytest.raises(ValueError, match="was begun with width = 128, now it is 64"):
         train.settle(preset("micro", width=64), run)
+    kept = json.loads((run / "config.json").read_text())
+    del kept["it2it_ratio"]  # begun before there was such a setting: it was what is now the default
+    (run / "config.json").write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match="was begun with it2it_ratio = opposite, now it is same"):
+        train.settle(preset("micro", it2it_ratio="same"), run)
+    train.settle(preset("micro"), run)
 
 
 def test_updates_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_run(straight, tmp_path, monkeypatch,
@@ -264,8 +270,8 @@ def test_updates_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_r
     monkeypatch.chdir(tmp_path)
     original, bad = update.objectives.total_loss, {2}
 
-    def total_loss(terms, task, cfg):
-        return original(terms, task, cfg) * (float("nan") if step[0] in bad else 1.0)
+    def total_loss(task, cfg, **terms):
+        return original(task, cfg, **terms) * (float("nan") if step[0] in bad else 1.0)
     step = [0]
 
     def counting(*args, call=train.update_model):
