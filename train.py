@@ -273,11 +273,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stage", choices=STAGES, default="model", help="stop after this stage (default: the last)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and do nothing")
-    parser.add_argument("--rehearse", type=int, default=0, metavar="UPDATES", help="do so many updates of each task on "
+    parser.add_argument("--rehearse", type=int, metavar="UPDATES", help="do so many updates of each task on "
                         "made-up pairs, say how fast they are and where the time goes, and keep nothing")
     add_config_flags(parser)
     args = parser.parse(argv)
-    if args.rehearse < 0:
+    if args.rehearse is not None and args.rehearse < 1:
         parser.error(f"--rehearse {args.rehearse}: must be at least 1")
     run, device = Path("runs") / (args.name or args.preset), args.device
     try:
@@ -334,7 +334,8 @@ def start(cfg: Config, run: Path, device: torch.device, args) -> None:
     if args.dry_run:
         say(budget(cfg, device))
     if args.rehearse:
-        say(rehearse(cfg, device, args.rehearse))
+        for line in rehearse(cfg, device, args.rehearse):
+            say(line)
     if args.dry_run or args.rehearse:
         return
     if parallel.rank() == 0:

@@ -6,13 +6,14 @@ keeps for the backward pass, which is found out by tracing one pass with tensors
 comes and goes on top of that is not in it: leave a tenth to spare.
 
 Measured: some updates of each task, on this machine and with these settings, on as many processes as there are; of
-made-up pairs, so that neither data nor tokenizers are wanted. Everything else is as in training.
+made-up pairs, so that neither data nor tokenizers are wanted. The updates are those of training, with the longest
+captions there can be; what is not in them is cutting captions into tokens, validation, samples and saves.
 """
 import copy
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from statistics import median
 
@@ -101,18 +102,24 @@ class MadeUpPairs:
         return ["a " * self.cfg.text_length] * len(rows)
 
 
-def rehearse(cfg: Config, device: torch.device, updates: int) -> str:
-    """Does so many updates of each task, after one that is not timed (torch.compile), and says how fast they were, all
-    processes together, as text; on a GPU also the memory taken, and how often an update made the CPU wait for it."""
+def rehearse(cfg: Config, device: torch.device, updates: int) -> Iterator[str]:
+    """Does so many updates of each task, after one that is not timed (torch.compile), and says line by line how fast
+    they were, all processes together; on a GPU also the memory taken, and how often an update made the CPU wait for it.
+    At last where the time goes in an update of one part a process. All processes must take all lines."""
     torch.set_float32_matmul_precision("high")  # as train.py
     torch.manual_seed(0)
+    rate = parallel.world() * matrix_rate(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     model = MAGVLT(cfg).to(device)
     averaged, optimizer = copy.deepcopy(model).requires_grad_(False), optimizer_for(model, cfg, cfg.lr)
-    parts, one_pass, steps = Parts(cfg, MadeUpPairs(cfg), BPE([]), device), compiled_pass(cfg), count()
+    one_pass, steps = compiled_pass(cfg), count()
+    a_part = dataclasses.replace(cfg, batch_size=(cfg.micro_batch or cfg.batch_size) * parallel.world())
+    whole, short = (Parts(c, MadeUpPairs(c), BPE([]), device) for c in (cfg, a_part))
 
-    def update(task: str) -> float:
+    def update(task: str, parts: Parts = whole) -> float:
         """Its seconds."""
-        of_this_task = dataclasses.replace(cfg, task_weights=tuple(float(name == task) for name in TASKS))
+        of_this_task = dataclasses.replace(parts.cfg, task_weights=tuple(float(name == task) for name in TASKS))
         wait(device)
         started = time.perf_counter()
         update_model(model, optimizer, of_this_task, parts, one_pass, next(steps))
@@ -120,24 +127,26 @@ def rehearse(cfg: Config, device: torch.device, updates: int) -> str:
         wait(device)
         return time.perf_counter() - started
 
-    rate = parallel.world() * matrix_rate(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
-    lines, mean = [f"{'':8}{'seconds':10}{'samples/s':12}{'TFLOP/s':10}of {rate / 1e12:.3g}, at which matrices are "
-                   "multiplied here"], 0.0
+    yield (f"{'':8}{'seconds':10}{'samples/s':12}{'TFLOP/s':10}of {rate / 1e12:.3g}, at which matrices are multiplied "
+           "here")
     shares = {task: weight / sum(cfg.task_weights) for task, weight in zip(TASKS, cfg.task_weights) if weight}
+    mean, commonest = 0.0, max(shares, key=shares.get)
     for task, share in shares.items():
         update(task)
         seconds = median(update(task) for _ in range(updates))
         reached = cfg.batch_size * operations_of_update(cfg, task, cfg.text_length) / seconds
         mean += share * seconds
-        lines.append(f"{task:8}{seconds:<10.3g}{cfg.batch_size / seconds:<12.4g}{reached / 1e12:<10.3g}"
-                     f"{reached / rate:.0%}")
-    lines.append(f"{cfg.steps:,} updates, {cfg.batch_size / mean:,.4g} samples/s: {mean * cfg.steps / 3600:,.1f} hours")
-    commonest = max(shares, key=shares.get)
+        yield f"{task:8}{seconds:<10.3g}{cfg.batch_size / seconds:<12.4g}{reached / 1e12:<10.3g}{reached / rate:.0%}"
+    yield (f"{cfg.steps:,} updates, {cfg.batch_size / mean:,.4g} samples/s: at most {mean * cfg.steps / 3600:,.1f} "
+           "hours, and what validation and samples take")
     if device.type == "cuda":
-        lines.append(f"memory: {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB at most; the CPU waits for "
-                     f"the GPU {waits(lambda: update(commonest))} times in an update")
-    return "\n".join([*lines, "", f"{'share':8}{'ms':10}{'times':8}what takes the time of an update of {commonest}",
-                      *profiled(lambda: update(commonest), device)])
+        yield (f"memory: {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB at most; the CPU waits for the "
+               f"GPU {waits(lambda: update(commonest))} times in an update")
+    yield f"\n{'share':8}{'ms':10}{'times':8}what takes the time in {commonest}"
+    if parallel.rank() == 0:
+        yield from profiled(lambda: update(commonest, short), device)
+    else:  # the others only take part
+        update(commonest, short)
 
 
 def waits(update: Callable) -> int:
@@ -147,7 +156,7 @@ def waits(update: Callable) -> int:
         torch.cuda.set_sync_debug_mode("warn")
         update()
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in seen)
+    return sum("called a synchronizing" in str(warning.message) for warning in seen)
 
 
 def profiled(update: Callable, device: torch.device, rows: int = 12) -> list[str]:
@@ -156,7 +165,8 @@ def profiled(update: Callable, device: torch.device, rows: int = 12) -> list[str
     with torch.profiler.profile() as profiler:
         update()
     spent = [(event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
-             for event in profiler.key_averages() if not on_gpu or event.device_type == DeviceType.CUDA]
+             for event in profiler.key_averages()
+             if not on_gpu or event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     total = sum(microseconds for microseconds, *_ in spent)
     return [f"{microseconds / total:<8.1%}{microseconds / 1000:<10.4g}{times:<8}{name[:80]}"
             for microseconds, times, name in sorted(spent, reverse=True)[:rows]]

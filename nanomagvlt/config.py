@@ -100,7 +100,7 @@ class Config:
     image_top_k: int = 0                     # sample among this many likeliest tokens; 0: among all
     image_noise: tuple[float, ...] = (0.5, 0.1)  # Gumbel noise on the confidence, first step to last; P 2.0, 0.2
     image_order: str = "gumbel"              # kept first: gumbel (confident ones, noisily), confidence, random, halton
-    image_schedule: str = "cosine"           # gamma in decoding, training has P: cosine, linear, square; P cosine
+    image_schedule: str = "cosine"           # gamma in decoding: cosine, linear, square; training has P's; P cosine
     guidance: float = 1.0                    # classifier-free guidance of drawings; 1: none
     text_steps: int = 24                     # K for text; P 12
     text_temperature: float = 0.1            # sampling temperature, every step

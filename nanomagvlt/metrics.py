@@ -6,7 +6,8 @@ the Pipeline of generate.py. (The field's own measures are in field.py and capti
 import math
 import random
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import permutations
 
 import numpy as np
 import torch
@@ -50,6 +51,15 @@ def unseen_scenes(level: shapes.Level, most: int) -> list[shapes.Scene]:
         since_last = since_last + 1 if scene in scenes else 0
         scenes[scene] = True
     return list(scenes)
+
+
+def is_exchange(claims: shapes.Claims | None, scene: shapes.Scene) -> bool:
+    """Would a caption that is wrong be right, if only its colours were dealt out otherwise among its objects?"""
+    if claims is None or shapes.judge(claims, scene).exact:
+        return False
+    dealt = permutations([thing.colour for thing in claims.things])
+    others = (tuple(replace(thing, colour=c) for thing, c in zip(claims.things, colours)) for colours in dealt)
+    return any(shapes.judge(replace(claims, things=things), scene).exact for things in others)
 
 
 def evaluate_scenes(pipeline, level: shapes.Level, num_scenes: int, phrasings: int = 2, seed: int = 0,
@@ -96,6 +106,7 @@ def evaluate_scenes(pipeline, level: shapes.Level, num_scenes: int, phrasings: i
     return results | {
         "i2t_exact": share(v.exact for v in told),
         "i2t_facts": share(v.right / v.total for v in told),
+        "i2t_exchanged": share(is_exchange(c, scene) for c, scene in zip(written, asked)),
         "i2t_exact_ignoring": share(v.exact for v in told_blind),
         "i2t_facts_ignoring": share(v.right / v.total for v in told_blind),
         "length": share(a == b for a, b in zip(lengths, true_lengths)),
@@ -161,8 +172,8 @@ def evaluate_editing(pipeline, level: shapes.Level, num_scenes: int, phrasings: 
                      edit.centre_words(lengths, cfg.text_length))}
 
 
-def evaluate_pairs(pipeline, level: shapes.Level, count: int, seed: int = 0) -> dict[str, Share]:
-    """Images and captions made together from nothing. {name: Share}
+def evaluate_pairs(pipeline, level: shapes.Level, count: int, seed: int = 0) -> dict:
+    """Images and captions made together from nothing. {name: Share}, and how many there are
 
     "pairs_agree": the caption is right about the image, and the image clean; "pairs_crowded": the image has more than
     one object, as most scenes have: who always makes the same simple pair agrees with himself.
@@ -172,7 +183,7 @@ def evaluate_pairs(pipeline, level: shapes.Level, count: int, seed: int = 0) -> 
     readings = shapes.read_images(pipeline.tokens_to_image(image_tokens), level)
     texts = pipeline.read_texts(text_tokens, lengths)
     agree = [shapes.judge(shapes.parse(text), r.scene).exact and r.is_clean for text, r in zip(texts, readings)]
-    return {"pairs_agree": share_over_scenes(agree, 1),
+    return {"pairs": count, "pairs_agree": share_over_scenes(agree, 1),
             "pairs_crowded": share_over_scenes([len(r.scene.things) > 1 for r in readings], 1)}
 
 
@@ -218,6 +229,7 @@ def scene_table(results: dict) -> str:
         f"{'draw a prompt (T2I)':26}{str(r['t2i_exact']):24}{r['t2i_facts']}",
         f"{'  ignoring the prompt':26}{str(r['t2i_exact_ignoring']):24}{r['t2i_facts_ignoring']}",
         f"{'caption an image (I2T)':26}{str(r['i2t_exact']):24}{r['i2t_facts']}",
+        f"{'  but for whose colour':26}{r['i2t_exchanged']}",
         f"{'  ignoring the image':26}{str(r['i2t_exact_ignoring']):24}{r['i2t_facts_ignoring']}",
         f"{'image -> tokens -> image':26}{str(r['reconstruction']):24}(the ceiling of T2I)",
         f"{'caption length':26}{str(r['length']):24}(the commonest length, always: {r['length_constant']:.3f})",

@@ -7,8 +7,8 @@ import torch
 from nanomagvlt import shapes
 from nanomagvlt.bpe import BPE
 from nanomagvlt.config import preset
-from nanomagvlt.metrics import (as_json, evaluate_bias, evaluate_editing, evaluate_pairs, evaluate_scenes, scene_table,
-                                share_over_scenes, unseen_scenes, wilson)
+from nanomagvlt.metrics import (as_json, evaluate_bias, evaluate_editing, evaluate_pairs, evaluate_scenes, is_exchange,
+                                scene_table, share_over_scenes, unseen_scenes, wilson)
 
 TINY = shapes.get_level("tiny")
 
@@ -117,6 +117,14 @@ class Edits:
     def read_texts(self, text_tokens, lengths, cut=True):
         return [self.bpe.decode([i for i in row[:n] if i != self.bpe.end])
                 for row, n in zip(text_tokens.tolist(), lengths.tolist())]
+
+
+def test_an_exchange_of_colours_is_no_other_mistake():
+    scene = shapes.Scene("white", (shapes.Thing("circle", "red", "big", 0), shapes.Thing("square", "blue", "big", 3)))
+    for caption, expected in (("a blue circle and a red square", True), ("a blue circle above a red square", True),
+                              ("a red circle and a blue square", False), ("a blue circle", False), ("circle", False),
+                              ("a blue circle below a red square", False), ("a green circle and a red square", False)):
+        assert is_exchange(shapes.parse(caption), scene) == expected, caption
 
 
 def test_editing_is_judged_whole():

@@ -116,10 +116,8 @@ def test_nothing_is_drawn_twice_with_the_same_numbers(task, whole, batch, unifor
     asked = []
     terms_of(whole, task, batch, lambda purpose, *shape: asked.append(purpose) or uniform(purpose, *shape))
     assert len(set(asked)) == len(asked)
-    for name in ("mask", "unroll", "mixsel"):
-        first = "main" if name == "mask" else name[:3] if name == "mixsel" else name
-        assert any(purpose.startswith(first) and "places" in purpose for purpose in asked) or (
-            name == "unroll" and task == "it2it")
+    passes = {"main", "mix"} | ({"unroll"} if task != "it2it" else set())
+    assert {purpose.split()[0] for purpose in asked if "places" in purpose} == passes
 
 
 @pytest.mark.parametrize("setting, value", [("label_smoothing", 0.1), ("dropout", 0.5), ("precision", "bf16")])

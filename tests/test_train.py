@@ -320,7 +320,10 @@ def test_a_rehearsal_measures_updates_and_keeps_nothing(tmp_path, monkeypatch, c
     rows = {line.split()[0]: line.split() for line in lines if line.startswith(("t2i", "i2t", "it2it"))}
     assert all(float(seconds) * float(a_second) == pytest.approx(4, rel=0.02)
                for _, seconds, a_second, *_ in rows.values()) and len(rows) == 3
-    assert any("aten::mm" in line for line in lines) and not list(tmp_path.iterdir())
+    rows = lines[lines.index(next(line for line in lines if line.startswith("share"))) + 1:]
+    assert len(rows) == 12 and all(float(row.split("%")[0]) > 0 for row in rows) and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        train.main(["--preset", "tiny", "--rehearse", "0"])
 
 
 def test_made_up_pairs_fill_all_places():
