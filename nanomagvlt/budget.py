@@ -105,7 +105,7 @@ class MadeUpPairs:
 def rehearse(cfg: Config, device: torch.device, updates: int) -> Iterator[str]:
     """Does so many updates of each task, after one that is not timed (torch.compile), and says line by line how fast
     they were, all processes together; on a GPU also the memory taken, and how often an update made the CPU wait for it.
-    At last where the time goes in an update of one part a process. All processes must take all lines."""
+    At last where the time goes in an update of two parts a process. All processes must take all lines."""
     torch.set_float32_matmul_precision("high")  # as train.py
     torch.manual_seed(0)
     rate = parallel.world() * matrix_rate(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
@@ -114,8 +114,9 @@ def rehearse(cfg: Config, device: torch.device, updates: int) -> Iterator[str]:
     model = MAGVLT(cfg).to(device)
     averaged, optimizer = copy.deepcopy(model).requires_grad_(False), optimizer_for(model, cfg, cfg.lr)
     one_pass, steps = compiled_pass(cfg), count()
-    a_part = dataclasses.replace(cfg, batch_size=(cfg.micro_batch or cfg.batch_size) * parallel.world())
-    whole, short = (Parts(c, MadeUpPairs(c), BPE([]), device) for c in (cfg, a_part))
+    few = min(cfg.batch_size, 2 * (cfg.micro_batch or cfg.batch_size) * parallel.world())  # one would be another graph
+    whole, short = (Parts(dataclasses.replace(cfg, batch_size=pairs), MadeUpPairs(cfg), BPE([]), device)
+                    for pairs in (cfg.batch_size, few))
 
     def update(task: str, parts: Parts = whole) -> float:
         """Its seconds."""
