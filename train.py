@@ -185,8 +185,7 @@ def reference_losses(cfg: Config) -> dict[int, str]:
     may_differ, said = {*MAY_CHANGE, "seed", "text_vocab"} - {"steps"}, {}
     for path in REFERENCES.glob("*/config.json"):
         theirs = with_defaults(json.loads(path.read_text()))
-        if all(as_json == theirs[name] or name in may_differ
-               for name, as_json in json.loads(json.dumps(dataclasses.asdict(cfg))).items()):
+        if all(value == theirs[name] or name in may_differ for name, value in as_json(cfg).items()):
             records = map(json.loads, (path.parent / "log.jsonl").read_text().splitlines())
             said |= {record["step"]: f" (mask {record['val_mask']:.3f} in data/results/{path.parent.name})"
                      for record in records if "val_mask" in record}
@@ -241,18 +240,22 @@ def with_tokenizers(args) -> None:
         args.text_vocab = BPE.load(args.bpe).vocab_size
 
 
+def as_json(cfg: Config) -> dict:
+    """Its settings as a config.json gives them back: tuples are lists there."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
 def with_defaults(settings: dict) -> dict:
     """A run's settings, as its config.json has them, and the defaults of what could not be chosen when it began."""
-    return json.loads(json.dumps(dataclasses.asdict(Config()))) | settings
+    return as_json(Config()) | settings
 
 
 def settle(cfg: Config, run: Path) -> None:
     """Makes the run's folder, or checks that the one there was begun with the same settings. Raises DataError."""
-    path, settings = run / "config.json", dataclasses.asdict(cfg)
+    path, settings = run / "config.json", as_json(cfg)
     if path.exists():
         before = with_defaults(json.loads(path.read_text()))
-        changed = [name for name in settings if json.loads(json.dumps(settings[name])) != before[name]
-                   and name not in MAY_CHANGE]
+        changed = [name for name in settings if settings[name] != before[name] and name not in MAY_CHANGE]
         if changed and any(file != path for file in run.iterdir()):  # else nothing was done there yet
             name = changed[0]
             raise DataError(f"{run} was begun with {name} = {before[name]}, now it is {settings[name]}: "
