@@ -22,36 +22,38 @@ from statistics import median
 import ftfy
 import torch
 
-from nanomagvlt import checkpoint, compare, metrics, parallel, protocols, published, shapes
-from nanomagvlt import speed as timing
-from nanomagvlt.bpe import BPE, BYTE_TO_SYMBOL, CLIP_WORDS, to_symbols
-from nanomagvlt.clip import load_judge
+from nanomagvlt.data import shapes
+from nanomagvlt.evaluation import ablations, coco, small_world
+from nanomagvlt.training import checkpoint, distributed, pretrained
+from nanomagvlt.evaluation import speed as timing
+from nanomagvlt.tokenizers.bpe import BPE, BYTE_TO_SYMBOL, CLIP_WORDS, to_symbols
+from nanomagvlt.sampling.clip import load_judge
 from nanomagvlt.config import PRESETS, Parser, nearest, preset
-from nanomagvlt.files import write_json
-from nanomagvlt.generate import Pipeline, load_pipeline, pick_device
-from nanomagvlt.inception import load_inception
+from nanomagvlt.io import write_json
+from nanomagvlt.sampling.pipeline import Pipeline, load_pipeline, pick_device
+from nanomagvlt.evaluation.inception import load_inception
 from nanomagvlt.masking import ORDERS, SCHEDULES
 from nanomagvlt.sequence import TASKS
-from nanomagvlt.vqgan import VQGAN
+from nanomagvlt.tokenizers.vqgan import VQGAN
 
 
 def scenes(args) -> None:
     """T2I and I2T exact, single facts, length, and reconstruction (T2I's ceiling), each with its 95% interval."""
-    pipeline, level = small_world(args)
-    results = metrics.evaluate_scenes(pipeline, level, args.num_scenes, args.phrasings, args.seed)
-    print(metrics.scene_table(results))
-    save(args, metrics.as_json(results))
+    pipeline, level = world_of(args)
+    results = small_world.evaluate_scenes(pipeline, level, args.num_scenes, args.phrasings, args.seed)
+    print(small_world.scene_table(results))
+    save(args, small_world.as_json(results))
 
 
 def edit(args) -> None:
     """Inpainting and infilling, beside the same without the other modality, and beside T2I and I2T."""
-    pipeline, level = small_world(args)
+    pipeline, level = world_of(args)
     print("all scenes are hidden in part, filled in and judged: this takes minutes ...", flush=True)
-    results = metrics.evaluate_editing(pipeline, level, args.num_scenes, args.phrasings, args.seed)
-    whole = metrics.evaluate_scenes(pipeline, level, args.num_scenes, args.phrasings, args.seed)
+    results = small_world.evaluate_editing(pipeline, level, args.num_scenes, args.phrasings, args.seed)
+    whole = small_world.evaluate_scenes(pipeline, level, args.num_scenes, args.phrasings, args.seed)
     results |= {"t2i": whole["t2i_exact"], "i2t": whole["i2t_exact"]}
     if pipeline.cfg.task_weights[2]:
-        results |= metrics.evaluate_pairs(pipeline, level, args.num_pairs, args.seed)
+        results |= small_world.evaluate_pairs(pipeline, level, args.num_pairs, args.seed)
     print(f"{results['scenes']} unseen scenes, {results['phrasings']} phrasings each, {args.num_pairs} pairs made from "
           "nothing; exact, 95% intervals over scenes")
     for name, what in (("object_inpainted", "an object inpainted"), ("centre_inpainted", "the centre inpainted"),
@@ -64,13 +66,13 @@ def edit(args) -> None:
         print(f"{what:28}{results[name]}")  # "without": the other half is then made together with it (it2it)
         if f"{name}_without" in results:
             print(f"{'  the other half withheld':28}{results[f'{name}_without']}")
-    save(args, metrics.as_json(results))
+    save(args, small_world.as_json(results))
 
 
 def sweep(args) -> None:
     """Exact accuracy against decoding steps, for every order and schedule and some temperatures and noises of drawing;
     if the model knows the empty prompt, for some guidance; if it was trained in it2it, pairs by the text's order."""
-    pipeline, level = small_world(args)
+    pipeline, level = world_of(args)
     cfg, both, drawn = pipeline.cfg, ("t2i_exact", "i2t_exact"), ("t2i_exact",)
     if cfg.model == "argvlt":
         raise ValueError("sweep wants a masked model: an ARGVLT makes one token after the other")
@@ -93,10 +95,10 @@ def sweep(args) -> None:
         rows = []
         for k in steps:
             chosen = pipeline.with_settings(image_steps=k, text_steps=k, **settings)
-            rows.append(metrics.evaluate_pairs(chosen, level, args.num_pairs, args.seed) if measures is paired else
-                        metrics.evaluate_scenes(chosen, level, args.num_scenes, args.phrasings, args.seed,
+            rows.append(small_world.evaluate_pairs(chosen, level, args.num_pairs, args.seed) if measures is paired else
+                        small_world.evaluate_scenes(chosen, level, args.num_scenes, args.phrasings, args.seed,
                                                 captions_too=measures is both))
-            table.append({kind: name, "steps": k} | metrics.as_json({what: rows[-1][what] for what in measures}))
+            table.append({kind: name, "steps": k} | small_world.as_json({what: rows[-1][what] for what in measures}))
         for what in measures:
             shares = [row[what] for row in rows]
             print(f"{kind} {name:<{21 - len(kind)}}{what.removesuffix('_exact').removeprefix('pairs_'):8}"
@@ -106,24 +108,24 @@ def sweep(args) -> None:
 
 def bias(args) -> None:
     """What a model trained in a world with habits says and draws of things that are not as usual (figure 4)."""
-    pipeline, level = small_world(args)
+    pipeline, level = world_of(args)
     if not level.bias:
         raise ValueError(f"shapes:{level.name} has no habits: bias wants a model trained on shapes:tiny-biased, say")
-    results = metrics.evaluate_bias(pipeline, level, args.num_scenes, args.phrasings, args.seed)
+    results = small_world.evaluate_bias(pipeline, level, args.num_scenes, args.phrasings, args.seed)
     print(f"{results['scenes']} unseen scenes in which nothing has its usual colour, {results['phrasings']} phrasings "
           "each; share of the objects, 95% intervals over scenes")
     for name, what in (("i2t_seen", "the caption says what is there"), ("i2t_usual", "the caption says what is usual"),
                        ("t2i_asked", "drawn as asked"), ("t2i_usual", "drawn as usual")):
         print(f"{what:32}{results[name]}")
-    save(args, metrics.as_json(results))
+    save(args, small_world.as_json(results))
 
 
 def table(args) -> None:
     """Fills the pool with what it lacks of the arms and seeds asked for, and prints all tables there are runs for."""
     failed = []
     if args.minutes:
-        failed = compare.fill(args.pool, args.arms, args.seeds, args.minutes, args.workers)
-    print(compare.tables(args.pool))
+        failed = ablations.fill(args.pool, args.arms, args.seeds, args.minutes, args.workers)
+    print(ablations.tables(args.pool))
     if failed:
         raise ValueError(f"failed, and not in the tables: {', '.join(failed)}; the same command tries again")
 
@@ -145,32 +147,32 @@ def speed(args) -> None:
     save(args, machine | {"comparisons": found})
 
 
-def coco(args) -> None:
+def photographs(args) -> None:
     """One of the paper's protocols, or a share of its work; killed, the same command goes on."""
     if missing := [name for name in ("protocol", "captions", "images", "out") if getattr(args, name) is None]:
         raise ValueError(f"coco wants --{missing[0]}; see --help")
-    part, device = parallel.share_of_work(args.part, args.device)
+    part, device = distributed.share_of_work(args.part, args.device)
     pipeline = load_pipeline(args.checkpoint or checkpoint.newest(), device, args.bpe)
     if args.steps and pipeline.cfg.model == "argvlt":
         raise ValueError("--steps: an ARGVLT makes one token after the other")
-    draws = protocols.PROTOCOLS[args.protocol].draws
+    draws = coco.PROTOCOLS[args.protocol].draws
     settings = {"image_steps" if draws else "text_steps": args.steps, "argvlt_temperature": args.temperature,
                 "image_temperature" if draws else "text_temperature":
                     (args.temperature,) * 2 if draws and args.temperature is not None else args.temperature}
     pipeline = pipeline.with_settings(**{name: value for name, value in settings.items() if value is not None})
     judge = load_judge(args.clip, args.bpe, pipeline.device) if args.clip else None
     inception = load_inception(args.inception).to(pipeline.device) if args.inception else None
-    run = protocols.begin(args.protocol, args.captions, args.images, args.out, pipeline, judge, inception,
+    run = coco.begin(args.protocol, args.captions, args.images, args.out, pipeline, judge, inception,
                           args.num, args.candidates, args.seed, args.split)
     run.work(part)
     if part:
         print(f"part {part[0] + 1}/{part[1]} is done; when all are, the same command without --part or torchrun "
               "scores them")
     else:
-        protocols.report(run, run.score())
+        coco.report(run, run.score())
 
 
-def small_world(args) -> tuple[Pipeline, shapes.Level]:
+def world_of(args) -> tuple[Pipeline, shapes.Level]:
     """The checkpoint and the world it was trained in. Raises ValueError where right and wrong cannot be told."""
     path = args.checkpoint or checkpoint.newest()
     pipeline = load_pipeline(path, args.device)
@@ -243,13 +245,13 @@ def bpe(args) -> None:
               "same ids")
 
 
-WHAT = {"scenes": scenes, "edit": edit, "sweep": sweep, "bias": bias, "speed": speed, "table": table, "coco": coco,
+WHAT = {"scenes": scenes, "edit": edit, "sweep": sweep, "bias": bias, "speed": speed, "table": table, "coco": photographs,
         "bpe": bpe}
 
 
 def add_coco_flags(parser: Parser) -> None:
     group = parser.add_argument_group("for coco (--out is then a folder; a run that was killed goes on in it)")
-    group.add_argument("--protocol", choices=protocols.PROTOCOLS, help=", ".join(protocols.PROTOCOLS))
+    group.add_argument("--protocol", choices=coco.PROTOCOLS, help=", ".join(coco.PROTOCOLS))
     group.add_argument("--images", type=Path, help="the folder in which --captions, a JSON file, has its images")
     group.add_argument("--split", help="of Karpathy's dataset_coco.json (default test)")
     group.add_argument("--num", type=int, help="how many captions or images (default: the paper's)")
@@ -259,12 +261,12 @@ def add_coco_flags(parser: Parser) -> None:
     group.add_argument("--steps", type=int, help="decoding steps K (default: the checkpoint's)")
     group.add_argument("--temperature", type=float,
                        help="at every step (default: the checkpoint's; the authors' evaluation has 0.5 for captions)")
-    group.add_argument("--part", type=parallel.of_many, metavar="K/N",
+    group.add_argument("--part", type=distributed.of_many, metavar="K/N",
                        help="do only the K-th of N shares; at last the same command without it merges and scores")
     group = parser.add_argument_group("for bpe and coco")
     group.add_argument("--captions", type=Path, help="a text file, a caption a line; for coco COCO's, Karpathy's or "
                        "NoCaps' JSON file")
-    group.add_argument("--bpe", type=Path, default=published.CLIP_BPE,
+    group.add_argument("--bpe", type=Path, default=pretrained.CLIP_BPE,
                        help="merges (default: CLIP's, where data/download.py puts them)")
 
 
@@ -285,8 +287,8 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--pool", type=Path, default=Path("runs/pool"), help="its folder (default runs/pool)")
     group.add_argument("--minutes", type=float, default=0, help="of training for each run; 0: only print the tables")
     group.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
-    group.add_argument("--arms", type=lambda text: text.split(","), default=list(compare.ARMS),
-                       help=f"which, with commas between (default all: {', '.join(compare.ARMS)})")
+    group.add_argument("--arms", type=lambda text: text.split(","), default=list(ablations.ARMS),
+                       help=f"which, with commas between (default all: {', '.join(ablations.ARMS)})")
     group.add_argument("--workers", type=int, default=torch.cuda.device_count() or os.cpu_count(),
                        help="runs at a time, with one thread each if there are several (default: one on each "
                        "GPU, or on each of the CPU's cores)")
@@ -305,8 +307,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.out and args.what != "coco" and not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
     for arm in args.arms:
-        if arm not in compare.ARMS:
-            parser.error(f"--arms: no {arm!r}{nearest(arm, compare.ARMS)}")
+        if arm not in ablations.ARMS:
+            parser.error(f"--arms: no {arm!r}{nearest(arm, ablations.ARMS)}")
     if args.minutes < 0:
         parser.error(f"--minutes {args.minutes:g}: must be at least 0")
     try:

@@ -20,14 +20,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nanomagvlt import checkpoint, clip, decode, edit, published, shapes, watch
-from nanomagvlt.bpe import clean_written
-from nanomagvlt.chance import keyed_generator
+from nanomagvlt import decoding
+from nanomagvlt.data import shapes
+from nanomagvlt.sampling import clip, edit, visualize
+from nanomagvlt.training import checkpoint, pretrained
+from nanomagvlt.tokenizers.bpe import clean_written
+from nanomagvlt.rng import keyed_generator
 from nanomagvlt.config import Parser
-from nanomagvlt.data import encode_captions
-from nanomagvlt.generate import Pipeline, contact_sheet, load_pipeline
+from nanomagvlt.data.cache import encode_captions
+from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, load_pipeline
 from nanomagvlt.masking import ORDERS, SCHEDULES
-from nanomagvlt.readers import BadSample, open_image, square
+from nanomagvlt.data.sources import BadSample, open_image, square
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--trace", action="store_true", help="write every step: OUT-steps.png and .gif, or a table")
     group.add_argument("--attention", metavar="WORD", help="write where the image looks at a word: OUT-attention.png")
     group = parser.add_argument_group("for the authors' published checkpoints, and for --clip")
-    group.add_argument("--bpe", type=Path, default=published.CLIP_BPE,
+    group.add_argument("--bpe", type=Path, default=pretrained.CLIP_BPE,
                        help="CLIP's merges (default: where data/download.py puts them)")
     group.add_argument("--heads", type=int, default=0, help="attention heads (default: width / 128)")
     group.add_argument("--sha256", default="", help="refuse a file that has another digest")
@@ -246,8 +249,8 @@ def make_pictures(args, pipeline: Pipeline, generator: torch.Generator, chooser)
     if words:
         steps = pipeline.tokens_to_image(torch.stack([step.tokens[0] for step in trace]))
         tokens, length = prompt_tokens.to(pipeline.device), prompt_length.to(pipeline.device)
-        maps = watch.attention_maps(pipeline.model, trace, tokens, length, words)
-        sheets[beside(args.out, "attention.png")] = watch.attention_sheet(steps, maps)
+        maps = visualize.attention_maps(pipeline.model, trace, tokens, length, words)
+        sheets[beside(args.out, "attention.png")] = visualize.attention_sheet(steps, maps)
     save(sheets, films)
     print(f"{count} x {args.prompt!r} ({seconds:.2f} s a picture){f', the best {len(pictures)}' * bool(chooser)}")
 
@@ -262,10 +265,10 @@ def beside(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}-{name}")
 
 
-def film_sheets(args, pipeline: Pipeline, trace: list[decode.Step]) -> dict[Path, list[Image.Image]]:
+def film_sheets(args, pipeline: Pipeline, trace: list[decoding.Step]) -> dict[Path, list[Image.Image]]:
     """The decoding of the first picture as a strip and as an animation, by file."""
     painted = pipeline.tokens_to_image(torch.stack([step.tokens[0] for step in trace]))
-    strip, frames = watch.film(painted, trace)
+    strip, frames = visualize.film(painted, trace)
     return {beside(args.out, "steps.png"): [strip], beside(args.out, "steps.gif"): frames}
 
 
@@ -296,7 +299,7 @@ def make_captions(args, pipeline: Pipeline, generator: torch.Generator, chooser)
     for caption in map(clean_written, captions) if args.clean else captions:
         print(printable(caption))
     if args.trace:
-        print("the first, step by step:\n" + printable(watch.text_table(pipeline.bpe, trace, int(lengths[0]))))
+        print("the first, step by step:\n" + printable(visualize.text_table(pipeline.bpe, trace, int(lengths[0]))))
 
 
 def known_text(args, pipeline: Pipeline, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
@@ -326,7 +329,7 @@ def make_pairs(args, pipeline: Pipeline, generator: torch.Generator) -> None:
          film_sheets(args, pipeline, image.trace) if args.trace else {})
     print("\n".join(map(printable, captions)))
     if args.trace:
-        print("the first, step by step:\n" + printable(watch.text_table(pipeline.bpe, text.trace, int(lengths[0]))))
+        print("the first, step by step:\n" + printable(visualize.text_table(pipeline.bpe, text.trace, int(lengths[0]))))
 
 
 if __name__ == "__main__":

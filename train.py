@@ -25,21 +25,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanomagvlt import checkpoint, metrics, parallel, shapes
-from nanomagvlt.bpe import BPE
-from nanomagvlt.budget import budget, rehearse
-from nanomagvlt.chance import batch_uniform, keyed_generator, keyed_seed
+from nanomagvlt.data import shapes
+from nanomagvlt.evaluation import small_world
+from nanomagvlt.training import checkpoint, distributed
+from nanomagvlt.tokenizers.bpe import BPE
+from nanomagvlt.training.cost import budget, rehearse
+from nanomagvlt.rng import batch_uniform, keyed_generator, keyed_seed
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, Parser, add_config_flags, config_from_args
-from nanomagvlt.data import TokenCache, make_batch, rows_of_step, write_cache
-from nanomagvlt.files import first_line, write_json
-from nanomagvlt.generate import Pipeline, contact_sheet, pick_device
-from nanomagvlt.loop import BAR, Clock, Finite, Interrupt, Log, Stopped, optimizer_for
+from nanomagvlt.data.cache import TokenCache, make_batch, rows_of_step, write_cache
+from nanomagvlt.io import first_line, write_json
+from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, pick_device
+from nanomagvlt.training.loop import BAR, Clock, Finite, Interrupt, Log, Stopped, optimizer_for
 from nanomagvlt.model import MAGVLT, num_parameters
-from nanomagvlt.readers import DataError, left_out, read_pairs
+from nanomagvlt.data.sources import DataError, left_out, read_pairs
 from nanomagvlt.sequence import TASKS
-from nanomagvlt.update import Meter, Parts, average, compiled_pass, method_of, update_model
-from nanomagvlt.vqgan import VQGAN
-from nanomagvlt.vqtrain import train_vqgan
+from nanomagvlt.training.update import Meter, Parts, average, compiled_pass, method_of, update_model
+from nanomagvlt.tokenizers.vqgan import VQGAN
+from nanomagvlt.training.train_vqgan import train_vqgan
 
 REFERENCES = Path(__file__).parent / "data" / "results"
 STAGES = ("vqgan", "cache", "bpe", "model")
@@ -115,7 +117,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
 
     What is validated and sampled is a moving average of the weights, `averaged`; pipeline ends with it.
     """
-    model, bpe, device, is_first = pipeline.model, pipeline.bpe, pipeline.device, parallel.rank() == 0
+    model, bpe, device, is_first = pipeline.model, pipeline.bpe, pipeline.device, distributed.rank() == 0
     pipeline.model = averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = optimizer_for(model, cfg, cfg.lr)
     step, best, clock, is_finite = resume(run, model, averaged, optimizer)
@@ -156,11 +158,11 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
                     save("best.pt")
             if (step % cfg.sample_every == 0 or is_last) and is_first:
                 save_samples(pipeline, caches.get("val", caches["train"]), run / "samples" / f"{step:06d}.png")
-            stops = parallel.any_of(stop.came, device)
+            stops = distributed.any_of(stop.came, device)
             if (step % cfg.save_every == 0 or is_last or stops) and is_first:
                 save("last.pt")
             if stops and not is_last:
-                parallel.wait()  # the first has saved: one that is gone earlier would be missed, and all be killed
+                distributed.wait()  # the first has saved: one that is gone earlier would be missed, and all be killed
                 raise Stopped(f"{run / 'last.pt'} at step {step:,}")
 
 
@@ -266,7 +268,7 @@ def settle(cfg: Config, run: Path) -> None:
 
 def say(line: str) -> None:
     """Prints, if this is the first process."""
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         print(line)
 
 
@@ -288,12 +290,12 @@ def main(argv: list[str] | None = None) -> None:
         cfg = config_from_args(args)
         if problem := lacks(cfg, run, args):
             raise ValueError(problem)
-        device = pick_device(parallel.local_device(args.device))
-        parallel.begin(device)
+        device = pick_device(distributed.local_device(args.device))
+        distributed.begin(device)
         start(cfg, run, device, args)
     except Stopped as what:
         say(f"stopped: {what}; the same command goes on from there")
-        parallel.fail(130)  # not 0: `train.py && sample.py` is not to go on with half a model
+        distributed.fail(130)  # not 0: `train.py && sample.py` is not to go on with half a model
     except KeyboardInterrupt:  # between the training loops; what is unfinished there is done anew
         complain("stopped; the same command goes on from the last finished stage", 130)
     except torch.OutOfMemoryError as error:
@@ -305,8 +307,8 @@ def main(argv: list[str] | None = None) -> None:
         complain(str(error))
     except Exception:
         traceback.print_exc()
-        parallel.fail(1)
-    parallel.end()
+        distributed.fail(1)
+    distributed.end()
 
 
 def lacks(cfg: Config, run: Path, args) -> str:
@@ -325,9 +327,9 @@ def lacks(cfg: Config, run: Path, args) -> str:
 
 def start(cfg: Config, run: Path, device: torch.device, args) -> None:
     """Looks whether the settings fit what there is, says what is to be done, and does it."""
-    num_parts, others = cfg.batch_size // (cfg.micro_batch or cfg.batch_size), parallel.world() - 1
-    if num_parts % parallel.world():
-        raise ValueError(f"{parallel.world()} processes cannot share batches of {num_parts} parts: batch_size / "
+    num_parts, others = cfg.batch_size // (cfg.micro_batch or cfg.batch_size), distributed.world() - 1
+    if num_parts % distributed.world():
+        raise ValueError(f"{distributed.world()} processes cannot share batches of {num_parts} parts: batch_size / "
                          "micro_batch must be a multiple of the processes")
     with torch.device("meta"):
         size = num_parameters(MAGVLT(cfg))
@@ -341,30 +343,30 @@ def start(cfg: Config, run: Path, device: torch.device, args) -> None:
             say(line)
     if args.dry_run or args.rehearse:
         return
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         settle(cfg, run)
     stages(cfg, run, device, args.stage)
 
 
 def complain(line: str, status: int = 2) -> None:
     """Ends this process with one line. What goes wrong before all have met goes wrong in all: the first says it."""
-    if parallel.world() > 1 or parallel.rank() == 0:
-        who = f" (process {parallel.rank()})" if parallel.rank() else ""
+    if distributed.world() > 1 or distributed.rank() == 0:
+        who = f" (process {distributed.rank()})" if distributed.rank() else ""
         print(f"train.py: {line}{who}", file=sys.stderr)
-    parallel.fail(status)
+    distributed.fail(status)
 
 
 def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
     """All stages in order, up to the last one asked for."""
     started = time.monotonic()
-    if parallel.rank() > 0:  # the first process makes the tokenizers and the cache; then the others find them
-        parallel.wait()
-    with contextlib.redirect_stdout(None) if parallel.rank() > 0 else contextlib.nullcontext():
+    if distributed.rank() > 0:  # the first process makes the tokenizers and the cache; then the others find them
+        distributed.wait()
+    with contextlib.redirect_stdout(None) if distributed.rank() > 0 else contextlib.nullcontext():
         vqgan = get_vqgan(cfg, run, device).eval().requires_grad_(False)
         caches = get_caches(cfg, run, vqgan) if last != "vqgan" else {}
         bpe = get_bpe(cfg, run, caches["train"]) if last not in ("vqgan", "cache") else None
-    if parallel.rank() == 0:
-        parallel.wait()
+    if distributed.rank() == 0:
+        distributed.wait()
     if last != "model":
         return
     cfg = dataclasses.replace(cfg, text_vocab=bpe.vocab_size)
@@ -373,14 +375,14 @@ def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
     pipeline = Pipeline(MAGVLT(cfg).to(device), vqgan, bpe, cfg)
     train_model(cfg, run, caches, pipeline)
     torch.set_float32_matmul_precision("highest")
-    if parallel.rank() > 0:
+    if distributed.rank() > 0:
         return
     minutes = (time.monotonic() - started) / 60
     print(f"trained in {minutes:.1f} minutes -> {run / 'last.pt'}; samples in {run / 'samples'}/")
     if cfg.eval_scenes and (level := shapes.level_of(cfg.data)):
-        results = metrics.evaluate_scenes(pipeline, level, cfg.eval_scenes)
-        print(metrics.scene_table(results))
-        write_json(run / "scenes.json", metrics.as_json(results))
+        results = small_world.evaluate_scenes(pipeline, level, cfg.eval_scenes)
+        print(small_world.scene_table(results))
+        write_json(run / "scenes.json", small_world.as_json(results))
     print('now try: python sample.py --prompt "..."')
 
 

@@ -26,14 +26,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere, without installing
 
-from nanomagvlt import checkpoint
-from nanomagvlt.bpe import BPE, clean_caption
+from nanomagvlt.training import checkpoint
+from nanomagvlt.tokenizers.bpe import BPE, clean_caption
 from nanomagvlt.config import Parser, preset
-from nanomagvlt.data import (TokenCache, is_made, join_parts, make_batch, part_paths, refuse_foreign, remove_parts,
+from nanomagvlt.data.cache import (TokenCache, is_made, join_parts, make_batch, part_paths, refuse_foreign, remove_parts,
                              rows_of_step, to_pixels, write_part)
-from nanomagvlt.generate import contact_sheet, pick_device
-from nanomagvlt.parallel import of_many, share_of_work
-from nanomagvlt.readers import MAX_BAD_SHARE, Pair, as_pairs, left_out, pieces_of, usable
+from nanomagvlt.sampling.pipeline import contact_sheet, pick_device
+from nanomagvlt.training.distributed import of_many, share_of_work
+from nanomagvlt.data.sources import MAX_BAD_SHARE, Pair, as_pairs, left_out, pieces_of, usable
 
 LOOKED_AT = 128   # samples that --inspect keeps, drawn at random
 ON_SHEET = 24

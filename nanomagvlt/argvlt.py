@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanomagvlt import sequence
-from nanomagvlt.chance import random_rows
+from nanomagvlt.rng import random_rows
 from nanomagvlt.masking import sample
 from nanomagvlt.objectives import bfloat16_if_wanted, masked_cross_entropy
 

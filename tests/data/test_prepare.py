@@ -1,0 +1,203 @@
+"""data/prepare.py: a cache in parts, stopped and resumed, by many processes; and the data set's doctor."""
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nanomagvlt.data import cache, sources
+from nanomagvlt.training import checkpoint
+from nanomagvlt.tokenizers.bpe import BPE
+from nanomagvlt.data.cache import TokenCache
+from nanomagvlt.tokenizers.vqgan import VQGAN
+from test_sources import png, tar
+from test_scripts import prepare
+
+SCRIPT = Path(__file__).parents[2] / "data" / "prepare.py"
+
+
+@pytest.fixture(autouse=True)
+def source(tmp_path, monkeypatch, cfg) -> str:
+    """Five shards of 12 pairs, a folder that makes two pieces, and a VQ-GAN."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "PIECE", 4)
+    noise = np.random.default_rng(0).integers(0, 255, (12, 20, 30, 3), dtype=np.uint8)
+    for shard in range(5):
+        Path("shards").mkdir(exist_ok=True)
+        tar(f"shards/{shard:05d}.tar", {f"{shard}{i:03d}.{suffix}": content for i in range(12) for suffix, content in
+                                        (("bmp", bmp(noise[i] ^ shard)), ("txt", f"{shard} {i}".encode()))})
+    Path("folder").mkdir()
+    for i in range(7):
+        Path(f"folder/{i}.png").write_bytes(png(size=(20, 20 + i)))
+        Path(f"folder/{i}.txt").write_text("a folder's")
+    torch.manual_seed(0)
+    checkpoint.save(Path("v.pt"), "vqgan", cfg, step=1, vqgan=VQGAN(cfg).state_dict())
+    return "shards/{00000..00004}.tar,folder"
+
+
+def bmp(pixels: np.ndarray) -> bytes:
+    Image.fromarray(pixels).save("x.bmp")
+    return Path("x.bmp").read_bytes()
+
+
+def run(source: str, out: str, *more: str) -> dict[str, bytes]:
+    """Runs prepare.py; what is in the cache, if there is one."""
+    prepare.main(["--source", source, "--vqgan", "v.pt", "--out", out, *more])
+    return {path.name: path.read_bytes() for path in Path(out).glob("*")}
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[str]:
+    """The parts written from now on."""
+    names, write_part = [], cache.write_part
+    monkeypatch.setattr(prepare, "write_part", lambda path, *rest: write_part(path, *rest) or names.append(path.name))
+    return names
+
+
+def test_stopped_anywhere_and_resumed_it_is_the_same_cache(source, written, monkeypatch, capsys):
+    whole = run(source, "whole", "--crops", "2", "--clean-captions")
+    assert TokenCache("whole").meta["pairs"] == 2 * (5 * 12 + 7) and len(written) == 7
+    assert sorted(path.name for path in Path().iterdir() if "whole" in path.name) == ["whole"]
+    tokenise, calls = cache.tokenise, []
+
+    def breaks_off(*args):
+        calls.append(1)
+        if len(calls) in (1, 2, 4, 7, 9):
+            raise KeyboardInterrupt
+        return tokenise(*args)
+    monkeypatch.setattr(cache, "tokenise", breaks_off)
+    del written[:]
+    for _ in range(5):
+        with pytest.raises(SystemExit, match="130"):
+            run(source, "c", "--crops", "2", "--clean-captions")
+        assert not Path("c").exists() and len(written) == len(list(Path("c.parts").glob("*.npz")))
+    Path("c.parts", written[0] + ".77.tmp").write_bytes(b"half a part, of a process that was killed")
+    assert run(source, "c", "--crops", "2", "--clean-captions") == whole
+    assert len(written) == len(set(written)) == 7 and "going on: " in capsys.readouterr().out
+    assert not Path("c.parts").exists()
+    Path("c.parts").mkdir()
+    Path("c.parts", written[0]).write_bytes(b"it was killed while it deleted the parts")
+    assert run(source, "c", "--crops", "2", "--clean-captions") == whole and len(written) == 7
+    assert "nothing to do" in capsys.readouterr().out and not Path("c.parts").exists()
+
+
+def test_killed_while_it_writes(source):
+    whole = run(source, "whole")
+    saves_half = ("import os, sys, numpy\n"
+                  "def savez(file, **arrays): file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)\n"
+                  "numpy.savez = savez\n"
+                  f"import runpy; sys.argv[0] = {str(SCRIPT)!r}; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")
+    killed = subprocess.run([sys.executable, "-c", saves_half, "--source", source, "--vqgan", "v.pt", "--out", "c"],
+                            capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert killed.returncode == -9 and [path.suffix for path in Path("c.parts").iterdir()] == [".tmp"]
+    assert run(source, "c") == whole
+
+
+def test_shares_in_any_order_make_the_same_cache(source, written, monkeypatch, capsys):
+    whole = run(source, "whole")
+    del written[:]
+    for part in ("3/3", "1/3"):
+        assert run(source, "c", "--part", part) == {}
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "1")):  # the second by torchrun
+        monkeypatch.setenv(name, value)
+    run(source, "c")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert len(written) == len(set(written)) == 7 and "part 2/3 is done" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("c.parts").iterdir()) == sorted(written)
+    assert run(source, "c") == whole and len(written) == 7
+
+
+def test_settings_and_changed_shards_are_never_mixed(source, written):
+    whole = run(source, "whole", "--crops", "1")
+    for more in ((), ("--crops", "1", "--seed", "1"), ("--crops", "1", "--clean-captions")):
+        run(source, "c", "--part", "1/1", *more)
+    del written[:]
+    tar("shards/00002.tar", {"x.png": png(), "x.txt": b"new"})
+    assert run(source, "c", "--crops", "1") != whole and len(written) == 7
+    tar("shards/00003.tar", {"x.png": png(), "x.txt": b"newer"})
+    run(source, "d", "--part", "1/1")
+    tar("shards/00003.tar", {"x.png": png(), "x.txt": b"newest"})
+    del written[:]
+    run(source, "d")
+    assert len(written) == 1 and TokenCache("d").captions([25]) == ["newest"]
+
+
+def test_a_bad_source_is_refused_and_mended(source, written, capsys):
+    sound = Path("shards/00001.tar").read_bytes()
+    Path("shards/00001.tar").write_bytes(sound[:4000])
+    Path("shards/00001_stats.json").write_text('{"successes": 12}')
+    with pytest.raises(SystemExit, match="2"):
+        run("shards", "c")
+    assert "of 60 samples are bad, more than 5%" in capsys.readouterr().err and not Path("c").exists()
+    Path("shards/00001.tar").write_bytes(sound)
+    del written[:]
+    run("shards", "c")
+    assert len(written) == 1 and len(TokenCache("c")) == 60 and "60 pairs -> c\n" in capsys.readouterr().out
+    Path("mine").mkdir()
+    Path("mine/photo.jpg").write_text("precious")
+    with pytest.raises(SystemExit, match="2"):
+        run("shards", "mine")
+    assert "nothing in it was touched" in capsys.readouterr().err and not Path("mine.parts").exists()
+
+
+def test_a_damaged_part_is_named(source, capsys):
+    run(source, "c", "--part", "1/1")
+    part = sorted(Path("c.parts").iterdir())[0]
+    part.write_bytes(part.read_bytes()[:-100])
+    with pytest.raises(SystemExit, match="2"):
+        run(source, "c")
+    assert f"{part}: damaged" in capsys.readouterr().err and not Path("c").exists()
+
+
+def test_the_doctor(source, capsys):
+    Path("folder/0.png").write_bytes(b"no image")
+    BPE([]).save("bpe.txt")
+    prepare.main(["--inspect", "--source", "folder", "--bpe", "bpe.txt", "--text-length", "10", "--image-size", "24",
+                  "--batch-size", "4", "--vqgan", "v.pt"])
+    said = capsys.readouterr().out
+    assert "6 images with 6 captions in 2 pieces" in said and "more than 5%, so it would be refused" in said
+    assert "bad: 1 of 7; left out: 1 x not an image" in said and "1.5 updates of 4 pairs" in said
+    assert "20 to 20 (median 20) pixels; 0.0% are smaller than 16" in said
+    assert "10 to 10 (median 10) tokens, the end counted; 0.0% are longer than 10" in said  # 9 letters and the end
+    sheet = np.asarray(Image.open("inspect.png"))
+    assert (sheet == (255, 0, 0)).all(-1).sum() == 6 * 160 ** 2
+    prepare.main(["--inspect", "--source", "folder", "--part", "2/2", "--image-size", "21", "--sheet", "b.png"])
+    said = capsys.readouterr().out
+    assert "3 images with 3 captions in 1 piece," in said and "100.0% are smaller than 21" in said
+    assert "2 to 2 (median 2) words" in said and Path("b.png").exists()
+
+
+def test_joining_before_encoding_changes_nothing_where_the_encoder_is_patchwise(cfg, source):
+    pairs = [pair for piece in sources.pieces_of(source) for pair in sources.pairs_in(piece, 16, sources.Counter())]
+    for patchwise in (True, False):
+        torch.manual_seed(0)
+        vqgan = VQGAN(dataclasses.replace(cfg, vq_patchwise=patchwise, vq_channels=8)).eval()
+        assert (prepare.joining_changes(vqgan, pairs[:20]) == 0) == patchwise
+
+
+def test_batches_are_timed(source, capsys):
+    run(source, "c")
+    BPE([]).save("bpe.txt")
+    prepare.main(["--time", "c", "--bpe", "bpe.txt", "--seconds", "0.05"])
+    assert " samples/s from c, BPE dropout 0.1 included" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--source", "x"], "--vqgan is wanted"),
+    (["--inspect"], "--source is wanted"),
+    (["--time", "c"], "--bpe is wanted"),
+    (["--part", "9/8", "--inspect"], "--part: '9/8' is no share such as 3/8"),
+    (["--crops", "-1", "--inspect", "--source", "x"], "--crops -1: must be at least 0"),
+    (["--inspect", "--source", "no/{0..3}.tar"], "no/0.tar: no such folder or tar file"),
+    (["--inspect", "--source", "folder", "--bpe", "folder/0.txt"], "folder/0.txt: no whole list of BPE merges"),
+])
+def test_mistakes(argv, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main(argv)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,343 @@
+"""Real runs of train.py, made small: one object, a model of a few thousand weights, six updates of each network."""
+import copy
+import json
+import re
+import signal
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from nanomagvlt.data import cache
+from nanomagvlt.training import cost, loop, train_vqgan, update
+from nanomagvlt.tokenizers.bpe import BPE
+from nanomagvlt.config import preset
+
+SMALL = """
+    --preset micro --pairs 60 --eval-scenes 3 --bpe-merges 20 --bpe-dropout 0.1 --vq-images 60 --vq-steps 6 --vq-start 2
+    --vq-batch 4 --vq-channels 4 --vq-latent 8 --codebook-size 16 --codebook-dim 4 --layers 1 --width 16 --heads 2
+    --dropout 0.1 --task-weights 1,1,1 --steps 6 --batch-size 4 --warmup 2 --log-every 1 --eval-every 3
+    --sample-every 6 --save-every 4 --image-steps 2 --text-steps 2""".split()
+
+
+WHOLE = [*SMALL, *"--micro-batch 2 --unroll-mask true --mixsel select".split()]  # in two parts, all of the method
+
+
+def run(*more: str) -> Path:
+    train.main([*WHOLE, *more])
+    return Path("runs/micro")
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def content(folder: Path) -> dict:
+    """All that a run wrote, by file name: checkpoints as loaded, all else as bytes; the clock's readings aside."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.suffix == ".pt":
+            what = torch.load(path, weights_only=True)
+            what = {name: value for name, value in what.items() if name not in ("seconds", "cpu_seconds")}
+        else:
+            what = re.sub(rb'"(cpu_)?seconds": [0-9.]+, ', b"", path.read_bytes())
+        found[str(path.relative_to(folder))] = what
+    return found
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> dict:
+    """What an uninterrupted run writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("straight"))
+        return content(run())
+
+
+def test_a_run_leaves_what_the_readme_says(straight):
+    cache = ("caption_ends.bin", "captions.bin", "meta.json", "tokens.bin")
+    assert set(straight) == {"best.pt", "bpe.txt", "config.json", "last.pt", "log.jsonl", "samples/000006.png",
+                             "scenes.json", "vqgan.pt", "vqgan_log.jsonl",
+                             *(f"cache/train/{name}" for name in cache), *(f"cache/val/{name}" for name in cache)}
+    log = [json.loads(line) for line in straight["log.jsonl"].splitlines()]
+    assert [line["step"] for line in log if "task" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in log if "val_mask" in line] == [3, 6]
+    assert straight["last.pt"]["step"] == 6 and straight["config.json"] != straight["scenes.json"]
+
+
+def test_the_critic_is_trained_and_resumed_with_the_rest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--stage vqgan --vq-critic true --vq-critic-channels 4 --vq-critic-start 3 --vq-critic-ramp 2".split()
+    whole = content(run(*flags, "--name", "a").parent / "a")
+    original = train_vqgan.update_vqgan
+
+    def with_ctrl_c(*args):
+        if args[-1] == 3:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_vqgan, "update_vqgan", with_ctrl_c)
+        with pytest.raises(SystemExit):
+            run(*flags, "--name", "b")
+    assert equal(whole, content(run(*flags, "--name", "b").parent / "b"))
+    log = [json.loads(line) for line in whole["vqgan_log.jsonl"].splitlines()]
+    for name in ("critic_real", "critic_fake", "adversarial", "adversarial_weight"):
+        assert [name in line for line in log] == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("update", [1, 3, 5])
+@pytest.mark.parametrize("module, stage", [(train_vqgan, "update_vqgan"), (train, "update_model")])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(module, stage, update, straight, tmp_path, monkeypatch,
+                                                              capsys):
+    """Ctrl-C in the middle of an update. Six updates of batch 4 on 60 pairs: the epoch is not over either."""
+    monkeypatch.chdir(tmp_path)
+    original = getattr(module, stage)
+
+    def with_ctrl_c(*args):
+        if args[-1] == update - 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+    monkeypatch.setattr(module, stage, with_ctrl_c)
+    with pytest.raises(SystemExit) as exit:
+        run()
+    assert exit.value.code == 130
+    assert f"at step {update}; the same command goes on" in capsys.readouterr().out
+    monkeypatch.setattr(module, stage, original)
+    resumed = content(run())
+    assert f"going on at step {update}" in capsys.readouterr().out
+    assert [name for name in straight if not equal(straight[name], resumed[name])] == []
+    assert set(resumed) == set(straight)
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path, monkeypatch):
+    """Nothing is saved at update 5, so the last save, at 4, is what counts."""
+    monkeypatch.chdir(tmp_path)
+
+    def killed(*args, original=train.update_model):
+        return original(*args) if args[-1] < 5 else sys.exit(9)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "update_model", killed)
+        run()
+    with open("runs/micro/log.jsonl", "a") as log:
+        log.write('{"step": 5, "ta')  # and the machine went down while it wrote
+    assert equal(straight, content(run()))
+
+
+def test_a_finished_run_does_nothing_again(straight, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run()
+    before = content(tmp_path)
+    run()
+    assert equal(before, content(tmp_path))
+    out = capsys.readouterr().out
+    assert all(f"{stage}: reusing" in out for stage in ("vqgan", "cache", "bpe"))
+
+
+def test_another_seed_gives_another_run(straight, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = content(run("--seed", "1"))
+    assert not equal(straight["last.pt"]["model"], other["last.pt"]["model"])
+    assert not equal(straight["vqgan.pt"]["vqgan"], other["vqgan.pt"]["vqgan"])
+
+
+def test_a_run_does_not_change_its_settings(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("--stage", "bpe")
+    before = content(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run("--width", "24")
+    assert exit.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "width = 16, now it is 24: take another --name" in error and "\n" not in error
+    assert equal(before, content(tmp_path))
+
+
+def test_learning_rate():
+    rates = [loop.learning_rate(step, 1.0, 10, 110) for step in range(111)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[60] == pytest.approx(0.5) and rates[110] == 0
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    late = [loop.learning_rate(step, 1.0, 10, 110, 0.2) for step in range(111)]
+    assert late[10:91] == [1.0] * 81 and late[100] == pytest.approx(0.5) and late[110] == 0
+
+
+def test_tasks_are_drawn_by_weight(cfg):
+    cfg.task_weights = (8.0, 1.0, 1.0)
+    tasks = [update.draw_task(cfg, step) for step in range(2000)]
+    assert abs(tasks.count("t2i") / 2000 - 0.8) < 0.03 and abs(tasks.count("i2t") / 2000 - 0.1) < 0.03
+
+
+def test_no_decay_on_biases_norms_embeddings_positions(cfg, model):
+    decayed, rest = train.optimizer_for(model, cfg, 1e-3).param_groups
+    assert decayed["weight_decay"] == cfg.weight_decay and rest["weight_decay"] == 0
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(names[id(p)].endswith(".weight") and "norm" not in names[id(p)] for p in decayed["params"])
+    assert {"tokens.weight", "places.weight", "output_bias", "head.2.weight"} <= {names[id(p)] for p in rest["params"]}
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+
+
+def test_validation_is_shown_beside_the_reference_run_of_the_same_settings(straight, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results" / "small").mkdir(parents=True)
+    for name in ("config.json", "log.jsonl"):
+        (tmp_path / "results" / "small" / name).write_bytes(straight[name])
+    monkeypatch.setattr(train, "REFERENCES", tmp_path / "results")
+    run("--name", "same", "--seed", "5", "--vqgan", "")
+    losses = [record["val_mask"] for record in map(json.loads, straight["log.jsonl"].splitlines())
+              if "val_mask" in record]
+    out = capsys.readouterr().out
+    assert len(losses) == 2 and all(f"(mask {loss:.3f} in data/results/small)" in out for loss in losses)
+    run("--name", "other", "--lr", "1e-4")
+    assert "in data/results" not in capsys.readouterr().out
+
+
+def test_what_samples_is_the_moving_average_of_what_is_trained(straight, cfg, model):
+    averaged = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1.0
+    before = {name: p.clone() for name, p in averaged.named_parameters()}
+    train.average(averaged, model, 0.75)
+    assert all(torch.allclose(p, before[name] + 0.25) for name, p in averaged.named_parameters())
+    saved = straight["last.pt"]
+    assert saved["model"].keys() == saved["trained"].keys() and not equal(saved["model"], saved["trained"])
+
+
+def test_argvlt_trains_draws_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(*"--model argvlt --task-weights 1,1,0 --segments true --unroll-mask false --mixsel off".split())
+    log = [json.loads(line) for line in Path("runs/micro/log.jsonl").read_text().splitlines()]
+    assert {"generated", "condition"} <= log[0].keys() and "val_generated" in log[-1]
+    capsys.readouterr()
+    sample.main(["--prompt", "a red circle", "--num-samples", "2"])
+    sample.main(["--image", "samples.png", "--num-samples", "2"])
+    sample.main(["--image", "samples.png", "--prompt", "a red circle", "--num-samples", "2"])
+    sample.main(["--image", "samples.png", "--text", "a [MASK:2] circle", "--num-samples", "2"])
+    assert capsys.readouterr().out.splitlines()[-1].endswith("circle")
+    for flag in ("--together", "--trace", "--steps=2"):
+        with pytest.raises(SystemExit):
+            sample.main([*(["--prompt", "x"] if flag != "--together" else []), flag])
+        assert "is an ARGVLT" in capsys.readouterr().err
+
+
+def test_the_vqgan_also_learns_from_joined_images():
+    cfg = preset("micro", vq_images=8, vq_mixed=0.5)
+    pairs = list(islice(train.pairs_of(cfg, "train", Counter()), 8))
+    images = train_vqgan.vqgan_images(cfg, pairs)                                                        # 8 and 4 joined
+    assert images.shape == (12, 32, 32, 3) and all((a == b.image).all() for a, b in zip(images, pairs))
+    assert (images[8][:16] == pairs[0].wide).all() and (images[8][16:] == pairs[1].wide).all()
+    assert (images[9][:, :16] == pairs[1].tall).all() and (images[9][:, 16:] == pairs[2].tall).all()
+
+
+@pytest.mark.parametrize("start", [2, 4])
+def test_a_vqgan_that_diverges_says_so_and_changes_nothing(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run("--stage", "vqgan", "--vq-lr", "1e30", "--save-every", "1", "--vq-start", str(start))
+    error = capsys.readouterr().err
+    assert "train.py: the gradient of the VQ-GAN is not finite: try a smaller --vq-lr" in error
+    assert "Traceback" not in error
+
+
+def test_a_folder_in_which_nothing_was_done_may_be_begun_anew(tmp_path):
+    run = tmp_path / "x"
+    train.settle(preset("micro", data="shapes:typo"), run)
+    train.settle(preset("micro"), run)
+    (run / "vqgan.pt").touch()
+    with pytest.raises(ValueError, match="was begun with width = 128, now it is 64"):
+        train.settle(preset("micro", width=64), run)
+    kept = json.loads((run / "config.json").read_text())
+    del kept["it2it_ratio"]  # begun before there was such a setting: it was what is now the default
+    (run / "config.json").write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match="was begun with it2it_ratio = opposite, now it is same"):
+        train.settle(preset("micro", it2it_ratio="same"), run)
+    train.settle(preset("micro"), run)
+
+
+def test_updates_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_run(straight, tmp_path, monkeypatch,
+                                                                                   capsys):
+    """One is skipped and counted. The third in a row stops, and the last save is from before."""
+    monkeypatch.chdir(tmp_path)
+    original, bad = update.objectives.total_loss, {2}
+
+    def total_loss(task, cfg, **terms):
+        return original(task, cfg, **terms) * (float("nan") if step[0] in bad else 1.0)
+    step = [0]
+
+    def counting(*args, call=train.update_model):
+        step[0] = args[-1]
+        return call(*args)
+    monkeypatch.setattr(train, "update_model", counting)
+    monkeypatch.setattr(update.objectives, "total_loss", total_loss)
+    run()
+    log = [json.loads(line) for line in Path("runs/micro/log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in log if "task" in line] == [0, 0, 1, 1, 1, 1]
+    straight_log = log
+
+    def with_ctrl_c(*args):
+        if args[-1] == 4:
+            signal.raise_signal(signal.SIGINT)
+        return counting(*args)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "update_model", with_ctrl_c)
+        run("--name", "resumed")
+    run("--name", "resumed")
+    log = [json.loads(line) for line in Path("runs/resumed/log.jsonl").read_text().splitlines()]
+    untimed = {"seconds": 0, "cpu_seconds": 0}
+    assert [line | untimed for line in log] == [line | untimed for line in straight_log]
+    bad |= {3, 4, 5}
+    with pytest.raises(SystemExit):
+        run("--name", "bad")
+    assert "the gradients of 3 updates in a row, up to step 5, were not finite" in capsys.readouterr().err
+    assert torch.load("runs/bad/last.pt", weights_only=True)["step"] == 4
+    trained = torch.load("runs/bad/last.pt", weights_only=True)["trained"]
+    assert all(p.isfinite().all() for p in trained.values())
+
+
+def test_a_dry_run_says_what_it_costs_and_does_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--preset", "base", "--dry-run"])
+    out = capsys.readouterr().out
+    assert "parameters   371,533,056" in out and "7.67 PFLOP an update of 4,096 pairs" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rehearsal_measures_updates_and_keeps_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--preset", "tiny", "--layers", "1", "--width", "16", "--heads", "2", "--batch-size", "4",
+                "--micro-batch", "2", "--rehearse", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines if line.startswith(("t2i", "i2t", "it2it"))}
+    assert all(float(seconds) * float(a_second) == pytest.approx(4, rel=0.02)
+               for _, seconds, a_second, *_ in rows.values()) and len(rows) == 3
+    rows = lines[lines.index(next(line for line in lines if line.startswith("share"))) + 1:]
+    assert len(rows) == 12 and all(float(row.split("%")[0]) > 0 for row in rows) and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        train.main(["--preset", "tiny", "--rehearse", "0"])
+
+
+def test_made_up_pairs_fill_all_places():
+    cfg = preset("base")
+    batch = cache.make_batch(cost.MadeUpPairs(cfg), BPE([]), np.arange(3), cfg)
+    assert (batch["text_lengths"] == cfg.text_length).all() and batch["tall_tokens"].shape == (3, cfg.image_tokens // 2)
+    assert 0 <= batch["image_tokens"].min() and cfg.codebook_size // 2 < batch["image_tokens"].max() < cfg.codebook_size
+
+
+def test_memory_grows_with_pairs_and_blocks():
+    """In bfloat16 a block keeps twenty times (L, D) of a pair, and no (H, L, L), which would be two and a half more."""
+    kept = {(layers, pairs): cost.activation_bytes(preset("base", layers=layers), "t2i", pairs)
+            for layers, pairs in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))}
+    a_pair = kept[1, 2] - kept[1, 1]
+    assert kept[1, 4] - kept[1, 2] == 2 * a_pair > 0
+    assert 19 < (kept[2, 2] - kept[2, 1] - a_pair) / (324 * 1024 * 2) < 21
