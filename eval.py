@@ -28,7 +28,8 @@ from nanomagvlt.training import checkpoint, distributed, pretrained
 from nanomagvlt.evaluation import speed as timing
 from nanomagvlt.tokenizers.bpe import BPE, BYTE_TO_SYMBOL, CLIP_WORDS, to_symbols
 from nanomagvlt.sampling.clip import load_judge
-from nanomagvlt.config import PRESETS, Parser, nearest, preset
+from nanomagvlt.config import PRESETS, nearest, preset
+from nanomagvlt.training.cli import Parser
 from nanomagvlt.io import write_json
 from nanomagvlt.sampling.pipeline import Pipeline, load_pipeline, pick_device
 from nanomagvlt.evaluation.inception import load_inception
@@ -133,10 +134,10 @@ def table(args) -> None:
 def speed(args) -> None:
     """MAGVLT against ARGVLT, random weights: latency, throughput, and what the machine could do."""
     device, dtype, cfg, found = pick_device(args.device), timing.DTYPES[args.dtype], preset(args.preset), []
-    machine = {"bandwidth": timing.memory_bandwidth(device), "matrix_rate": timing.matrix_rate(device, dtype)}
+    machine = {"bandwidth": timing.memory_bandwidth(device), "matmul_flops": timing.matmul_flops(device, dtype)}
     print(f"{args.preset}, {args.dtype}, {device} ({torch.get_num_threads()} CPU threads)"
           f"{', compiled' * args.compile}; medians of {args.repeats}\nmeasured here: memory "
-          f"{machine['bandwidth'] / 1e9:.1f} GB/s, matrices {machine['matrix_rate'] / 1e9:,.0f} GFLOP/s")
+          f"{machine['bandwidth'] / 1e9:.1f} GB/s, matrices {machine['matmul_flops'] / 1e9:,.0f} GFLOP/s")
     print(timing.HEAD)
 
     def report(comparison: timing.Comparison) -> None:

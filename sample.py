@@ -26,7 +26,7 @@ from nanomagvlt.sampling import clip, edit, visualize
 from nanomagvlt.training import checkpoint, pretrained
 from nanomagvlt.tokenizers.bpe import clean_written
 from nanomagvlt.rng import keyed_generator
-from nanomagvlt.config import Parser
+from nanomagvlt.training.cli import Parser
 from nanomagvlt.data.cache import encode_captions
 from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, load_pipeline
 from nanomagvlt.masking import ORDERS, SCHEDULES
@@ -193,13 +193,13 @@ def read_image(path: Path) -> Image.Image:
         raise BadSample(f"{path}: {reason}") from None
 
 
-def places_to_fill(args, count: int, grid: int, image: Image.Image) -> torch.Tensor:
+def positions_to_fill(args, count: int, grid: int, image: Image.Image) -> torch.Tensor:
     """Which image tokens are made anew, (count, N) bool. Raises ValueError."""
     if args.keep is not None:  # chance of its own: what is drawn there does not depend on how many are drawn
-        return edit.random_places(grid ** 2, 1 - args.keep, count, keyed_generator("keep", args.seed))
-    places = edit.centre_places(grid)
+        return edit.random_positions(grid ** 2, 1 - args.keep, count, keyed_generator("keep", args.seed))
+    places = edit.centre_positions(grid)
     if args.region:
-        places = edit.mask_to_places(edit.region(image.size, args.region), grid)
+        places = edit.mask_to_positions(edit.region(image.size, args.region), grid)
     if args.mask:
         mask = read_image(args.mask)
         if Image.open(args.mask).has_transparency_data:
@@ -207,7 +207,7 @@ def places_to_fill(args, count: int, grid: int, image: Image.Image) -> torch.Ten
         if mask.size != image.size:
             raise ValueError(f"{args.mask} is {mask.size[0]} x {mask.size[1]} pixels, {args.image} "
                              f"{image.size[0]} x {image.size[1]}: they must have one size")
-        places = edit.mask_to_places(mask, grid)
+        places = edit.mask_to_positions(mask, grid)
     if args.outside:
         places = ~places
     if not places.any():
@@ -219,7 +219,7 @@ def make_pictures(args, pipeline: Pipeline, generator: torch.Generator, chooser)
     """Draws the prompt or, in a given image, a part of it."""
     cfg, count = pipeline.cfg, args.candidates or args.num_samples
     prompt_tokens, prompt_length = encode_captions(pipeline.bpe, [args.prompt], cfg.text_length)
-    words = range(0) if args.attention is None else edit.word_places(pipeline.bpe, args.prompt, args.attention)
+    words = range(0) if args.attention is None else edit.word_positions(pipeline.bpe, args.prompt, args.attention)
     if words.stop > prompt_length:
         raise ValueError(f"--attention {args.attention}: only {cfg.text_length} tokens of the prompt are read")
     if len(pipeline.bpe.encode(args.prompt)) > cfg.text_length:
@@ -227,7 +227,7 @@ def make_pictures(args, pipeline: Pipeline, generator: torch.Generator, chooser)
     known, to_fill, original = None, None, None
     if args.image:
         picture = read_image(args.image)
-        to_fill = places_to_fill(args, count, cfg.grid, picture)
+        to_fill = positions_to_fill(args, count, cfg.grid, picture)
         original = square(picture, cfg.image_size)
         known = pipeline.image_to_tokens(np.stack([original])).expand(count, -1)
         print(f"{int(to_fill[0].sum())} of {cfg.image_tokens} tokens are made anew")
@@ -321,7 +321,7 @@ def make_pairs(args, pipeline: Pipeline, generator: torch.Generator) -> None:
     if args.image:
         picture = read_image(args.image)
         tokens = pipeline.image_to_tokens(np.stack([square(picture, cfg.image_size)]))
-        known_image = tokens.expand(count, -1), places_to_fill(args, count, cfg.grid, picture)
+        known_image = tokens.expand(count, -1), positions_to_fill(args, count, cfg.grid, picture)
     image_tokens, text_tokens, lengths, (image, text) = pipeline.make_pairs(count, generator, known_image,
                                                                             known_text(args, pipeline, count))
     captions = pipeline.read_texts(text_tokens, lengths, cut=args.text is None)

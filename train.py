@@ -29,9 +29,10 @@ from nanomagvlt.data import shapes
 from nanomagvlt.evaluation import small_world
 from nanomagvlt.training import checkpoint, distributed
 from nanomagvlt.tokenizers.bpe import BPE
-from nanomagvlt.training.cost import budget, rehearse
+from nanomagvlt.training.cost import benchmark, report
 from nanomagvlt.rng import batch_uniform, keyed_generator, keyed_seed
-from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, Parser, add_config_flags, config_from_args
+from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config
+from nanomagvlt.training.cli import Parser, add_config_flags, config_from_args
 from nanomagvlt.data.cache import TokenCache, make_batch, rows_of_step, write_cache
 from nanomagvlt.io import first_line, write_json
 from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, pick_device
@@ -39,7 +40,7 @@ from nanomagvlt.training.loop import BAR, Clock, Finite, Interrupt, Log, Stopped
 from nanomagvlt.model import MAGVLT, num_parameters
 from nanomagvlt.data.sources import DataError, left_out, read_pairs
 from nanomagvlt.sequence import TASKS
-from nanomagvlt.training.update import Meter, Parts, average, compiled_pass, method_of, update_model
+from nanomagvlt.training.update import Meter, Parts, update_ema, compiled_pass, method_of, update_model
 from nanomagvlt.tokenizers.vqgan import VQGAN
 from nanomagvlt.training.train_vqgan import train_vqgan
 
@@ -76,7 +77,7 @@ def get_vqgan(cfg: Config, run: Path, device: torch.device) -> VQGAN:
 
 def get_caches(cfg: Config, run: Path, vqgan: VQGAN) -> dict[str, TokenCache]:
     """The token caches of the training and, if there are any, the validation pairs."""
-    caches, digest = {}, checkpoint.digest(vqgan)
+    caches, digest = {}, checkpoint.weight_hash(vqgan)
     for split in ("train", "val"):
         folder = Path(cfg.cache or run / "cache") / split
         if (folder / "meta.json").exists():
@@ -121,7 +122,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
     pipeline.model = averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = optimizer_for(model, cfg, cfg.lr)
     step, best, clock, is_finite = resume(run, model, averaged, optimizer)
-    say(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, "
+    print_rank0(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, "
         f"{cfg.steps:,} updates of {cfg.batch_size}" + (f", going on at step {step:,}" if step else ""))
 
     def save(name):
@@ -139,7 +140,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
                 task, terms, norm = update_model(model, optimizer, cfg, parts, one_pass, step)
                 step += 1
                 if is_finite(norm, step):  # else nothing was changed
-                    average(averaged, model, min(cfg.ema, step / (step + 10)))
+                    update_ema(averaged, model, min(cfg.ema, step / (step + 10)))
             meter.count(task, parts.num_texts, clock.last)
             bar.update()
             if step % cfg.log_every == 0:
@@ -158,11 +159,11 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
                     save("best.pt")
             if (step % cfg.sample_every == 0 or is_last) and is_first:
                 save_samples(pipeline, caches.get("val", caches["train"]), run / "samples" / f"{step:06d}.png")
-            stops = distributed.any_of(stop.came, device)
+            stops = distributed.all_reduce_any(stop.came, device)
             if (step % cfg.save_every == 0 or is_last or stops) and is_first:
                 save("last.pt")
             if stops and not is_last:
-                distributed.wait()  # the first has saved: one that is gone earlier would be missed, and all be killed
+                distributed.barrier()  # the first has saved: one that is gone earlier would be missed, and all be killed
                 raise Stopped(f"{run / 'last.pt'} at step {step:,}")
 
 
@@ -252,7 +253,7 @@ def with_defaults(settings: dict) -> dict:
     return as_json(Config()) | settings
 
 
-def settle(cfg: Config, run: Path) -> None:
+def check_run_config(cfg: Config, run: Path) -> None:
     """Makes the run's folder, or checks that the one there was begun with the same settings. Raises DataError."""
     path, settings = run / "config.json", as_json(cfg)
     if path.exists():
@@ -266,7 +267,7 @@ def settle(cfg: Config, run: Path) -> None:
     write_json(path, settings)
 
 
-def say(line: str) -> None:
+def print_rank0(line: str) -> None:
     """Prints, if this is the first process."""
     if distributed.rank() == 0:
         print(line)
@@ -278,42 +279,42 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stage", choices=STAGES, default="model", help="stop after this stage (default: the last)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and do nothing")
-    parser.add_argument("--rehearse", type=int, metavar="UPDATES", help="do so many updates of each task on "
+    parser.add_argument("--benchmark", type=int, metavar="UPDATES", help="do so many updates of each task on "
                         "made-up pairs, say how fast they are and where the time goes, and keep nothing")
     add_config_flags(parser)
     args = parser.parse(argv)
-    if args.rehearse is not None and args.rehearse < 1:
-        parser.error(f"--rehearse {args.rehearse}: must be at least 1")
+    if args.benchmark is not None and args.benchmark < 1:
+        parser.error(f"--benchmark {args.benchmark}: must be at least 1")
     run, device = Path("runs") / (args.name or args.preset), args.device
     try:
         with_tokenizers(args)
         cfg = config_from_args(args)
-        if problem := lacks(cfg, run, args):
+        if problem := missing_inputs(cfg, run, args):
             raise ValueError(problem)
         device = pick_device(distributed.local_device(args.device))
         distributed.begin(device)
         start(cfg, run, device, args)
     except Stopped as what:
-        say(f"stopped: {what}; the same command goes on from there")
+        print_rank0(f"stopped: {what}; the same command goes on from there")
         distributed.fail(130)  # not 0: `train.py && sample.py` is not to go on with half a model
     except KeyboardInterrupt:  # between the training loops; what is unfinished there is done anew
-        complain("stopped; the same command goes on from the last finished stage", 130)
+        exit_with_error("stopped; the same command goes on from the last finished stage", 130)
     except torch.OutOfMemoryError as error:
-        complain(f"out of memory on {device}: try a smaller --micro-batch or, for the VQ-GAN, --vq-batch "
+        exit_with_error(f"out of memory on {device}: try a smaller --micro-batch or, for the VQ-GAN, --vq-batch "
                  f"({first_line(error)})")
     except OSError as error:
-        complain(f"{error.filename or run}: {error.strerror or error}")
+        exit_with_error(f"{error.filename or run}: {error.strerror or error}")
     except ValueError as error:  # a DataError and a CheckpointError, too
-        complain(str(error))
+        exit_with_error(str(error))
     except Exception:
         traceback.print_exc()
         distributed.fail(1)
     distributed.end()
 
 
-def lacks(cfg: Config, run: Path, args) -> str:
+def missing_inputs(cfg: Config, run: Path, args) -> str:
     """What must be given besides, as one line; "" if nothing."""
-    if args.dry_run or args.rehearse:
+    if args.dry_run or args.benchmark:
         return ""
     if not cfg.data and not (cfg.cache and cfg.vqgan):
         return f"preset {args.preset} names no pairs: give --data, or --cache and --vqgan (see data/README.md)"
@@ -327,30 +328,30 @@ def lacks(cfg: Config, run: Path, args) -> str:
 
 def start(cfg: Config, run: Path, device: torch.device, args) -> None:
     """Looks whether the settings fit what there is, says what is to be done, and does it."""
-    num_parts, others = cfg.batch_size // (cfg.micro_batch or cfg.batch_size), distributed.world() - 1
-    if num_parts % distributed.world():
-        raise ValueError(f"{distributed.world()} processes cannot share batches of {num_parts} parts: batch_size / "
+    num_parts, others = cfg.batch_size // (cfg.micro_batch or cfg.batch_size), distributed.world_size() - 1
+    if num_parts % distributed.world_size():
+        raise ValueError(f"{distributed.world_size()} processes cannot share batches of {num_parts} parts: batch_size / "
                          "micro_batch must be a multiple of the processes")
     with torch.device("meta"):
         size = num_parameters(MAGVLT(cfg))
     threads = torch.get_num_threads()
-    say(f"{device} ({threads} CPU thread{'s' * (threads > 1)}), {f'{others + 1} processes, ' * (others > 0)}"
+    print_rank0(f"{device} ({threads} CPU thread{'s' * (threads > 1)}), {f'{others + 1} processes, ' * (others > 0)}"
         f"preset {args.preset}, transformer of at most {size:,} parameters -> {run}/")
     if args.dry_run:
-        say(budget(cfg, device))
-    if args.rehearse:
-        for line in rehearse(cfg, device, args.rehearse):
-            say(line)
-    if args.dry_run or args.rehearse:
+        print_rank0(report(cfg, device))
+    if args.benchmark:
+        for line in benchmark(cfg, device, args.benchmark):
+            print_rank0(line)
+    if args.dry_run or args.benchmark:
         return
     if distributed.rank() == 0:
-        settle(cfg, run)
+        check_run_config(cfg, run)
     stages(cfg, run, device, args.stage)
 
 
-def complain(line: str, status: int = 2) -> None:
+def exit_with_error(line: str, status: int = 2) -> None:
     """Ends this process with one line. What goes wrong before all have met goes wrong in all: the first says it."""
-    if distributed.world() > 1 or distributed.rank() == 0:
+    if distributed.world_size() > 1 or distributed.rank() == 0:
         who = f" (process {distributed.rank()})" if distributed.rank() else ""
         print(f"train.py: {line}{who}", file=sys.stderr)
     distributed.fail(status)
@@ -360,13 +361,13 @@ def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
     """All stages in order, up to the last one asked for."""
     started = time.monotonic()
     if distributed.rank() > 0:  # the first process makes the tokenizers and the cache; then the others find them
-        distributed.wait()
+        distributed.barrier()
     with contextlib.redirect_stdout(None) if distributed.rank() > 0 else contextlib.nullcontext():
         vqgan = get_vqgan(cfg, run, device).eval().requires_grad_(False)
         caches = get_caches(cfg, run, vqgan) if last != "vqgan" else {}
         bpe = get_bpe(cfg, run, caches["train"]) if last not in ("vqgan", "cache") else None
     if distributed.rank() == 0:
-        distributed.wait()
+        distributed.barrier()
     if last != "model":
         return
     cfg = dataclasses.replace(cfg, text_vocab=bpe.vocab_size)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script from anywhere, without installing
 
-from nanomagvlt.config import Parser
+from nanomagvlt.training.cli import Parser
 
 # name: (file, address, SHA-256 where one is known)
 FILES = {

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 
 from nanomagvlt.training import checkpoint
 from nanomagvlt.tokenizers.bpe import BPE, clean_caption
-from nanomagvlt.config import Parser, preset
+from nanomagvlt.config import preset
+from nanomagvlt.training.cli import Parser
 from nanomagvlt.data.cache import (TokenCache, is_made, join_parts, make_batch, part_paths, refuse_foreign, remove_parts,
                              rows_of_step, to_pixels, write_part)
 from nanomagvlt.sampling.pipeline import contact_sheet, pick_device
@@ -44,7 +45,7 @@ def prepare(args) -> None:
     part, device = share_of_work(args.part, args.device)
     vqgan = checkpoint.load_vqgan(args.vqgan).to(pick_device(device))
     pieces = pieces_of(args.source, vqgan.cfg.image_size, args.pairs, args.split, args.seed)
-    settings = {"vqgan": checkpoint.digest(vqgan), "image_size": vqgan.cfg.image_size, "crops": args.crops,
+    settings = {"vqgan": checkpoint.weight_hash(vqgan), "image_size": vqgan.cfg.image_size, "crops": args.crops,
                 "seed": args.seed, "clean_captions": args.clean_captions}
     paths = part_paths(args.out, pieces, settings)
     if is_made(args.out, paths):

@@ -6,13 +6,9 @@ does not exist is an error that offers the nearest one.
 
 `P` in a comment marks the paper's own setting (MAGVLT, CVPR 2023); the rest is ours, and may be improved on.
 """
-import argparse
 import dataclasses
 import difflib
-import inspect
 import math
-import re
-import sys
 from dataclasses import dataclass
 
 from nanomagvlt.masking import ORDERS, SCHEDULES
@@ -53,10 +49,10 @@ class Config:
     vq_lr: float = 2e-3                      # peak learning rate
     vq_commitment: float = 0.25              # weight of the commitment loss
     vq_decay: float = 0.95                   # moving average of the codebook, per update
-    vq_critic: bool = False                  # a PatchGAN discriminator judges reconstructions (chapter 7); P yes
-    vq_critic_channels: int = 64             # of its first layer
-    vq_critic_start: int = 500               # updates before it counts
-    vq_critic_ramp: int = 200                # updates over which its share rises to the whole
+    vq_discriminator: bool = False                  # a PatchGAN discriminator judges reconstructions (chapter 7); P yes
+    vq_discriminator_channels: int = 64             # of its first layer
+    vq_discriminator_start: int = 500               # updates before it counts
+    vq_discriminator_ramp: int = 200                # updates over which its share rises to the whole
     vq_vgg: str = ""                         # torchvision's vgg16-397923af.pth, for the perceptual loss; empty: none
     vq_lpips: str = ""                       # and LPIPS's own vgg.pth, which goes with it
     # Transformer
@@ -67,7 +63,7 @@ class Config:
     heads: int = 4                           # H; P 8
     dropout: float = 0.0                     # on residuals and attention; P 0.1
     init_std: float = 0.09                   # weights and positions start as N(0, init_std); P 0.02
-    position_start: str = "waves"            # positions start as noise, N(0, init_std), or as sine waves; P normal
+    position_init: str = "sincos"            # positions start as noise, N(0, init_std), or as sine waves; P normal
     # Objective (eq. 6)
     task_weights: tuple[float, ...] = (2.0, 2.0, 1.0)  # how often T2I, I2T, IT2IT are drawn; P 8,1,1
     length_weight: float = 0.1               # lambda_TL; P 0.01
@@ -88,7 +84,7 @@ class Config:
     precision: str = "fp32"                  # fp32, or bf16: matrices in bfloat16; on a GPU sampling, too
     compile: bool = False                    # torch.compile: a slow start, then fewer and larger kernels
     lr: float = 1e-3                         # peak learning rate; P 4.5e-4
-    lr_fall: float = 0.3                     # it falls to 0 as a cosine, over this last share of the updates; P 1
+    decay_fraction: float = 0.3                     # it falls to 0 as a cosine, over this last share of the updates; P 1
     warmup: int = 100                        # updates of linear warm-up
     betas: tuple[float, ...] = (0.9, 0.96)   # AdamW; P 0.9, 0.96
     weight_decay: float = 0.045              # on matrices only; P 0.045
@@ -109,7 +105,7 @@ class Config:
     text_schedule: str = "linear"            # as image_schedule; P linear
     pair_text_order: str = "gumbel"          # as text_order, where image and text are made together
     argvlt_temperature: float = 1.0          # of an ARGVLT's tokens
-    length_places: int = 1                   # text places visible, all masked, when the length is predicted; P 16
+    length_positions: int = 1                   # text places visible, all masked, when the length is predicted; P 16
     # Housekeeping
     seed: int = 0                            # same seed, same device, same result
     log_every: int = 10                      # updates between lines of log.jsonl
@@ -159,8 +155,8 @@ class Config:
              f"vq_channels x vq_multipliers must be multiples of vq_groups {self.vq_groups}"),
             (len(self.task_weights) != 3 or min(self.task_weights) < 0 or sum(self.task_weights) <= 0,
              f"task_weights {self.task_weights} must be three numbers >= 0, not all 0, for T2I, I2T, IT2IT"),
-            (not 1 <= self.length_places <= self.text_length,
-             f"length_places {self.length_places} must lie in 1..text_length {self.text_length}"),
+            (not 1 <= self.length_positions <= self.text_length,
+             f"length_positions {self.length_positions} must lie in 1..text_length {self.text_length}"),
             (self.model == "argvlt" and (self.task_weights[2:] != (0.0,) or self.unroll_mask or self.mixsel != "off"),
              "model argvlt has no it2it, no UnrollMask and no MixSel: give task_weights with 0 as their last"),
             (self.model == "argvlt" and self.condition_dropout > 0, "condition_dropout is for model magvlt"),
@@ -169,8 +165,8 @@ class Config:
              "mixsel wants at least two pairs at a time: see batch_size and micro_batch"),
             (self.mixsel != "off" and not 1 <= self.mixsel_separators <= self.text_length - 3,
              f"mixsel_separators {self.mixsel_separators} must lie in 1..text_length - 3"),
-            (self.position_start == "waves" and self.width % 4,
-             f"width {self.width} is no multiple of 4, which position_start waves wants"),
+            (self.position_init == "sincos" and self.width % 4,
+             f"width {self.width} is no multiple of 4, which position_init sincos wants"),
             (not 0 <= self.bpe_dropout <= 1, f"bpe_dropout {self.bpe_dropout} must lie in [0, 1]"),
             (not self.vqgan and self.vq_start >= self.vq_steps,
              f"vq_start {self.vq_start} must be below vq_steps {self.vq_steps}: else the codebook never comes in"),
@@ -179,7 +175,7 @@ class Config:
             (len(self.betas) != 2, f"betas {self.betas} must be two numbers"),
             (self.codebook_size > 2 ** 16,
              f"codebook_size {self.codebook_size} is over 65,536, the most a cache holds"),
-            (not 0 < self.lr_fall <= 1, f"lr_fall {self.lr_fall} must lie in (0, 1]"),
+            (not 0 < self.decay_fraction <= 1, f"decay_fraction {self.decay_fraction} must lie in (0, 1]"),
             (self.micro_batch and self.batch_size % self.micro_batch,
              f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}"),
             (min(self.lr, self.vq_lr, self.clip) <= 0,
@@ -214,17 +210,17 @@ def refuse(problems: list[tuple[bool, str]]) -> None:
 
 
 AT_LEAST = {
-    0: "bpe_merges vq_start vq_critic_start vq_critic_ramp length_weight unroll_weight mixsel_weight micro_batch "
+    0: "bpe_merges vq_start vq_discriminator_start vq_discriminator_ramp length_weight unroll_weight mixsel_weight micro_batch "
        "warmup weight_decay eval_scenes",
     1: "pairs image_size text_length text_bucket codebook_size codebook_dim vq_channels vq_res_blocks vq_latent "
-       "vq_groups vq_images vq_steps vq_batch vq_critic_channels layers width heads steps batch_size "
+       "vq_groups vq_images vq_steps vq_batch vq_discriminator_channels layers width heads steps batch_size "
        "text_steps log_every eval_every sample_every save_every",
 }
 
 # What the settings that are words may say.
 CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"),
            "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
-           "length_pass": ("own", "main"), "precision": ("fp32", "bf16"), "position_start": ("normal", "waves"),
+           "length_pass": ("own", "main"), "precision": ("fp32", "bf16"), "position_init": ("normal", "sincos"),
            "image_order": ORDERS, "text_order": ORDERS, "pair_text_order": ORDERS,
            "image_schedule": SCHEDULES, "text_schedule": SCHEDULES}
 
@@ -243,10 +239,10 @@ PRESETS = {
                  bpe_dropout=0.1, codebook_size=16_384, codebook_dim=256, vq_channels=128,
                  vq_multipliers=(1, 1, 2, 2, 4),
                  vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32, vq_patchwise=False, layers=24,
-                 width=1024, heads=8, dropout=0.1, init_std=0.02, position_start="normal", length_places=16,
+                 width=1024, heads=8, dropout=0.1, init_std=0.02, position_init="normal", length_positions=16,
                  task_weights=(8.0, 1.0, 1.0), length_weight=0.01, length_pass="main", unroll_mask=True,
                  mixsel="select", label_smoothing=0.1, save_every=200, steps=40_000, batch_size=4096, micro_batch=64,
-                 precision="bf16", compile=True, lr=4.5e-4, lr_fall=1.0,
+                 precision="bf16", compile=True, lr=4.5e-4, decay_fraction=1.0,
                  warmup=1000, ema=0.9999, image_steps=10, image_temperature=(1.4, 0.6), image_noise=(2.0, 0.2),
                  text_steps=12, text_order="gumbel"),
 }
@@ -286,61 +282,3 @@ def nearest(name: str, names) -> str:
     """'; did you mean ...?' with the closest of names, or all of them where none is close."""
     close = difflib.get_close_matches(name, list(names), 1)
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(names)}"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that complains in one line, offers the nearest flag, and exits with status 2."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        for word in (text.split("=")[0] for text in (sys.argv[1:] if argv is None else argv)):
-            if word.startswith("--") and word not in flags:
-                close = difflib.get_close_matches(word, flags, 1)
-                self.error(f"unknown argument {word}" + (f"; did you mean {close[0]}?" if close else "; see --help"))
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            self.error(f"unknown argument {unknown[0]}; see --help")
-        return args
-
-
-def add_config_flags(parser: Parser) -> None:
-    """Gives the parser `--preset` and one flag for every field of Config; the field's comment is the help."""
-    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
-    parser.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default tiny)")
-    group = parser.add_argument_group("settings (the preset's unless given; P: the paper's)")
-    for field in dataclasses.fields(Config):
-        if field.name == "text_vocab":  # follows from the merges
-            continue
-        group.add_argument("--" + field.name.replace("_", "-"), type=_reader(field.type), metavar="X",
-                           default=argparse.SUPPRESS, help=comments[field.name].replace("%", "%%"))
-
-
-def config_from_args(args: argparse.Namespace) -> Config:
-    """The preset named in args with every field given as a flag. Raises ValueError for a bad value."""
-    return preset(args.preset, **{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
-                                  if hasattr(args, f.name)})
-
-
-def _reader(kind):
-    """What turns a flag's text into a value of the field's type."""
-    if kind is bool:
-        def read(text: str) -> bool:
-            if text not in ("true", "false"):
-                raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-            return text == "true"
-    elif kind in (tuple[int, ...], tuple[float, ...]):
-        number = kind.__args__[0]
-        def read(text: str) -> tuple:
-            try:
-                return tuple(number(part) for part in text.split(",") if part.strip())
-            except ValueError:
-                raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2,4") from None
-    else:
-        read = kind
-    return read

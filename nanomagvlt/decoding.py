@@ -2,7 +2,7 @@
 
 There is one loop, decode(). It knows no model and no task: it is given canvases (tokens, some of them to be filled) and
 a function that guesses what may stand in them. Every step guesses all hidden tokens at once, then hides the least
-confident again, fewer and fewer. Images and texts differ in a Recipe, no more: an image token that was once kept is
+confident again, fewer and fewer. Images and texts differ in a SamplingConfig, no more: an image token that was once kept is
 never hidden again, a text token may be.
 
 The tasks are thin, each another canvas:
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from nanomagvlt import sequence
 from nanomagvlt.rng import random_rows
-from nanomagvlt.masking import decoding_counts, halton_rank, lowest, order_scores, sample
+from nanomagvlt.masking import decoding_counts, halton_rank, bottom_k_mask, order_scores, sample
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SamplingConfig:
     """How one modality is decoded."""
     steps: int                        # K
     schedule: str                     # gamma: one of masking.SCHEDULES
@@ -47,11 +47,11 @@ class Step:
 
 
 @dataclass
-class Canvas:
+class DecodeState:
     """One modality on its way from hidden to known. Places that are not to be filled are never touched."""
     tokens: Tensor      # (B, N) long; what stands where it is to be filled does not matter
     to_fill: Tensor     # (B, N) bool
-    recipe: Recipe
+    recipe: SamplingConfig
     is_masked: Tensor = field(init=False)    # (B, N) bool: hidden now
     confidence: Tensor = field(init=False)   # (B, N) log p of each token when it was last sampled
     counts: Tensor = field(init=False)       # (N + 1, K) how many are masked before each step, if 0..N are to be filled
@@ -67,23 +67,23 @@ class Canvas:
         self.halton = halton_rank(recipe.rows, n // recipe.rows).to(device)
 
 
-def image_recipe(cfg) -> Recipe:
+def image_recipe(cfg) -> SamplingConfig:
     """The released code's image settings, its floor included, with the numbers of cfg."""
-    return Recipe(steps=cfg.image_steps, schedule=cfg.image_schedule, order=cfg.image_order, can_remask=False,
+    return SamplingConfig(steps=cfg.image_steps, schedule=cfg.image_schedule, order=cfg.image_order, can_remask=False,
                   temperature=cfg.image_temperature, noise=cfg.image_noise, top_k=cfg.image_top_k, floor=2.0 ** -10,
                   rows=cfg.grid)
 
 
-def text_recipe(cfg) -> Recipe:
+def text_recipe(cfg) -> SamplingConfig:
     """The released code's text settings, with the numbers of cfg. In its order, "gumbel", the places to be hidden are
     drawn from softmax(-log p)."""
-    return Recipe(steps=cfg.text_steps, schedule=cfg.text_schedule, order=cfg.text_order, can_remask=True,
+    return SamplingConfig(steps=cfg.text_steps, schedule=cfg.text_schedule, order=cfg.text_order, can_remask=True,
                   temperature=(cfg.text_temperature,) * 2, noise=(-1.0, -1.0), top_k=cfg.text_top_k,
                   floor=torch.finfo(torch.float32).tiny, rows=1)
 
 
 @torch.no_grad()
-def decode(guess: Callable[[], list[Tensor]], canvases: list[Canvas], generator: torch.Generator) -> None:
+def decode(guess: Callable[[], list[Tensor]], canvases: list[DecodeState], generator: torch.Generator) -> None:
     """Fills the canvases in K steps, the same K for all of them.
 
     guess() -> logits (B, N, V) for each canvas, from its tokens and is_masked as they are then; that of draw_pair()
@@ -106,10 +106,10 @@ def decode(guess: Callable[[], list[Tensor]], canvases: list[Canvas], generator:
     uniform = [numbers.view(batch, k_steps, 2, -1) for numbers in uniform]                           # (B, K, 2, N)
     for k in range(k_steps):
         for canvas, logits, numbers in zip(canvases, guess(), uniform):
-            take_step(canvas, logits, k, numbers[:, k])
+            decode_step(canvas, logits, k, numbers[:, k])
 
 
-def take_step(canvas: Canvas, logits: Tensor, k: int, uniform: Tensor) -> None:
+def decode_step(canvas: DecodeState, logits: Tensor, k: int, uniform: Tensor) -> None:
     """Step k = 0 .. K-1 of one canvas: put guesses in, then hide some of them again. uniform (B, 2, N)."""
     recipe, last = canvas.recipe, canvas.recipe.steps - 1
     temperature, noise = (a + (b - a) * k / max(1, last) for a, b in (recipe.temperature, recipe.noise))
@@ -120,7 +120,7 @@ def take_step(canvas: Canvas, logits: Tensor, k: int, uniform: Tensor) -> None:
     if k < last:
         scores = order_scores(recipe.order, canvas.confidence, noise, uniform[:, 1], canvas.halton)  # (B, N)
         count = canvas.counts[canvas.to_fill.sum(1), k + 1]                                          # (B,)
-        canvas.is_masked = lowest(scores, count, canvas.to_fill if recipe.can_remask else canvas.is_masked)
+        canvas.is_masked = bottom_k_mask(scores, count, canvas.to_fill if recipe.can_remask else canvas.is_masked)
 
 
 def blank_image(cfg, batch: int, device=None) -> tuple[Tensor, Tensor]:
@@ -131,12 +131,12 @@ def blank_image(cfg, batch: int, device=None) -> tuple[Tensor, Tensor]:
 
 def blank_text(cfg, text_lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Texts of which nothing but their lengths (B,) is known: tokens (B, T), and where to fill them (B, T)."""
-    to_fill = sequence.real_places(text_lengths, cfg.text_length)
+    to_fill = sequence.valid_mask(text_lengths, cfg.text_length)
     return torch.zeros_like(to_fill, dtype=torch.long), to_fill
 
 
 def draw_image(model, text_tokens: Tensor, text_lengths: Tensor, generator: torch.Generator,
-               canvas: Canvas | None = None, guidance: float = 1.0) -> tuple[Tensor, list[Step]]:
+               canvas: DecodeState | None = None, guidance: float = 1.0) -> tuple[Tensor, list[Step]]:
     """Image tokens (B, N) for captions text_tokens (B, T) of text_lengths (B,), and every decoding step.
 
     A canvas with some places to fill makes only these anew, in view of the others; without one all are made.
@@ -144,7 +144,7 @@ def draw_image(model, text_tokens: Tensor, text_lengths: Tensor, generator: torc
     being those under the empty caption, the end token alone; both in one pass of 2 B rows.
     """
     cfg = model.cfg
-    canvas = canvas or Canvas(*blank_image(cfg, len(text_tokens), text_tokens.device), image_recipe(cfg))
+    canvas = canvas or DecodeState(*blank_image(cfg, len(text_tokens), text_tokens.device), image_recipe(cfg))
     guided = guidance != 1
     if guided:
         text_tokens = torch.cat([text_tokens, torch.full_like(text_tokens, cfg.end_token)])          # (2 B, T)
@@ -167,7 +167,7 @@ def draw_image(model, text_tokens: Tensor, text_lengths: Tensor, generator: torc
 
 
 def write_text(model, image_tokens: Tensor, generator: torch.Generator, text_lengths: Tensor | None = None,
-               canvas: Canvas | None = None) -> tuple[Tensor, Tensor, list[Step]]:
+               canvas: DecodeState | None = None) -> tuple[Tensor, Tensor, list[Step]]:
     """Captions (B, T) of image_tokens (B, N), their lengths (B,), predicted if not given, and every decoding step.
 
     T is cfg.text_length. From a caption's length on there are zeros; its end token is guessed like any other. A canvas
@@ -179,7 +179,7 @@ def write_text(model, image_tokens: Tensor, generator: torch.Generator, text_len
     nothing = torch.zeros_like(image_tokens, dtype=torch.bool)
     if text_lengths is None:
         text_lengths = predict_length(model, image_tokens, nothing)
-    canvas = canvas or Canvas(*blank_text(cfg, text_lengths), text_recipe(cfg))
+    canvas = canvas or DecodeState(*blank_text(cfg, text_lengths), text_recipe(cfg))
 
     def guess() -> list[Tensor]:
         seq = sequence.build("i2t", cfg, image_tokens, nothing, canvas.tokens, canvas.is_masked, text_lengths)
@@ -189,7 +189,7 @@ def write_text(model, image_tokens: Tensor, generator: torch.Generator, text_len
     return canvas.tokens, text_lengths, canvas.trace
 
 
-def draw_pair(model, image: Canvas, text: Canvas, text_lengths: Tensor, generator: torch.Generator,
+def draw_pair(model, image: DecodeState, text: DecodeState, text_lengths: Tensor, generator: torch.Generator,
               keep_length: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Image and text together (appendix D): image tokens (B, N), text tokens (B, T), text lengths (B,).
 
@@ -204,7 +204,7 @@ def draw_pair(model, image: Canvas, text: Canvas, text_lengths: Tensor, generato
         nonlocal text_lengths
         if image.trace and not keep_length:
             text_lengths = predict_length(model, image.tokens, image.is_masked)
-            is_real = sequence.real_places(text_lengths, cfg.text_length)
+            is_real = sequence.valid_mask(text_lengths, cfg.text_length)
             text.is_masked = (text.is_masked | ~text.to_fill) & is_real                              # (B, T)
             text.to_fill = is_real
         seq = sequence.build("it2it", cfg, image.tokens, image.is_masked, text.tokens, text.is_masked, text_lengths)
@@ -219,7 +219,7 @@ def draw_pair(model, image: Canvas, text: Canvas, text_lengths: Tensor, generato
 def predict_length(model, image_tokens: Tensor, image_is_masked: Tensor) -> Tensor:
     """The likeliest length (B,) in 1..T, end token included, of a caption for image_tokens (B, N).
 
-    It is read from a pass of its own, which sees nothing of a text but `length_places` masked places.
+    It is read from a pass of its own, which sees nothing of a text but `length_positions` masked places.
     """
     seq = sequence.build_for_length(model.cfg, image_tokens, image_is_masked)
     return model.length_logits(model(seq), seq.layout).argmax(dim=-1) + 1

@@ -1,18 +1,29 @@
-"""Appendix - Files that are whole or absent, whatever happens while they are written.
+"""Files: written whole or not at all, and read without running anything in them.
 
-A file is written under another name beside its place, brought to the disk, and then renamed: a kill, a full disk or a
-second writer leaves what stood at the place, or nothing.
+A file is written under a temporary name in the same folder, flushed to the disk, and then renamed. A kill, a full disk
+or a second writer leaves the old file, or none. A file of tensors is a pickle, and a pickle can run any code: so
+tensors are read by PyTorch's restricted unpickler alone, in this one place. Read on where randomness is made: rng.py.
 """
 import contextlib
 import json
 import os
+import re
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator:
-    """`with whole(path) as file:` a binary file to write, which gets its name when the block ends well."""
+    """`with whole(path) as file:` gives a binary file to write; it gets its name when the block ends without error.
+
+    Raises OSError, with the name of the file, also where a library hides it (torch.save() on a full disk).
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -22,18 +33,73 @@ def whole(path: Path) -> Iterator:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name is on the disk when the folder is
-    with contextlib.suppress(OSError):          # which some network file systems do not know how to do
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename is on the disk when the folder is
+    with contextlib.suppress(OSError):          # some network file systems cannot flush a folder
         os.fsync(folder)
     os.close(folder)
 
 
 def write_json(path: Path, value) -> None:
-    """Writes it, indented."""
+    """Writes an indented JSON file, whole or not at all."""
     with whole(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Writes arrays under names (.npz), whole or not at all; the same content gives the same bytes."""
+    with whole(path) as file:
+        np.savez(file, **arrays)
+
+
+def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
+    """The arrays that write_arrays() wrote under these names. Raises ValueError, one line, for a damaged file."""
+    try:
+        with np.load(path) as arrays:
+            return [arrays[name] for name in names]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it and give the same command again") from None
+
+
+def read_tensors(path: str | Path, what: str, mmap: bool = True) -> object:
+    """The content of a file of torch.save(), on the CPU. Nothing in it is run.
+
+    `what` names the expected content in the message. With mmap a tensor is read from the disk when it is used.
+    Raises ValueError, one line, for a file that is absent, damaged, or holds an object of a class that is not allowed.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except Exception as error:  # the unpickler fails in a dozen ways on a damaged or foreign file
+        refused = re.search(r"(?:GLOBAL|global) (\S+\.\S+)", str(error))
+        reason = f"refused, it names the class {refused[1]}" if refused else f"not {what}, or damaged"
+        raise ValueError(f"{path}: {reason}") from None
+
+
+def load_strict(module: nn.Module, state: object, path: str | Path) -> nn.Module:
+    """The module, in evaluation mode, with the tensors of `state` as its weights, floating-point ones as float32.
+
+    Build the module under torch.device("meta"): then nothing is initialised in vain, and nothing is copied.
+    Raises ValueError, one line with the file's name, unless names and shapes are exactly those of the module.
+    """
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor) and
+                                              tensor.layout == torch.strided for name, tensor in state.items()):
+        raise ValueError(f"{path}: its {type(module).__name__} is not a dictionary of named tensors")
+    expected = module.state_dict()
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state:
+            raise ValueError(f"{path}: the tensor {name} is missing")
+        if name not in expected:
+            raise ValueError(f"{path}: has a tensor {name}, unknown to {type(module).__name__}")
+        if state[name].shape != expected[name].shape:
+            raise ValueError(f"{path}: {name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}")
+        if state[name].is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(f"{path}: {name} has numbers of type {state[name].dtype}")
+    module.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor
+                            for name, tensor in state.items()}, assign=True)
+    return module.eval()
+
+
 def first_line(error: Exception) -> str:
-    """What an error of a library says, in at most 100 characters: some say nothing, some say pages."""
+    """The first line of a library's error message, at most 100 characters; the error's class where it is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0][:100]

@@ -6,7 +6,7 @@ questions that training and decoding share (sections 3.1 and 3.2 of the paper):
   how large a share is hidden?   gamma(u): the share STILL MASKED at progress u in [0, 1]. It falls from 1 to 0.
                                  Training draws u at random (the paper's r); decoding walks u = 0, 1/K, 2/K, ...
   how many places is that?       num_masked() in training, decoding_counts() in decoding
-  which places?                  lowest(): those with the lowest score. In training the score is a random number,
+  which places?                  bottom_k_mask(): those with the lowest score. In training the score is a random number,
                                  in decoding it is the model's confidence, with some Gumbel noise, or another
                                  order: ORDERS.
   what is put there?             sample(): a token drawn from the model's logits
@@ -71,7 +71,7 @@ def decoding_counts(num_hidden: Tensor, steps: int, schedule: str, can_remask: b
     return falling.maximum(steps - k)                   # ... and never so low that a later step has none to reveal
 
 
-def lowest(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:
+def bottom_k_mask(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:
     """True at the `count` (B,) lowest scores of each row, only among the places that may be chosen.
 
     scores (B, N) float, among (B, N) bool with at least `count` True in each row -> (B, N) bool.

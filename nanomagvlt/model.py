@@ -91,11 +91,11 @@ class MAGVLT(nn.Module):
                 nn.init.normal_(module.weight, std=cfg.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        if cfg.position_start == "waves":
-            row_or_column = waves(cfg.grid, cfg.width // 2)                                        # (G, D/2)
+        if cfg.position_init == "sincos":
+            row_or_column = sincos_init(cfg.grid, cfg.width // 2)                                        # (G, D/2)
             image = torch.cat([row_or_column.repeat_interleave(cfg.grid, 0), row_or_column.repeat(cfg.grid, 1)], dim=1)
             with torch.no_grad():  # a sine's mean square is 1/2
-                self.places.weight[:n + t] = 2 ** 0.5 * cfg.init_std * torch.cat([image, waves(t, cfg.width)])
+                self.places.weight[:n + t] = 2 ** 0.5 * cfg.init_std * torch.cat([image, sincos_init(t, cfg.width)])
 
     @property
     def device(self) -> torch.device:
@@ -148,7 +148,7 @@ class MAGVLT(nn.Module):
         return F.linear(self.head(states), self.tokens.weight[vocabulary], self.output_bias[vocabulary])
 
 
-def waves(num_places: int, width: int) -> Tensor:
+def sincos_init(num_places: int, width: int) -> Tensor:
     """Sines and cosines of the place, of wavelengths from 2 pi to about 25 times all places: (num_places, width).
 
     Only a start, learned on from there: looking "one place to the left" is then the same little rotation everywhere,

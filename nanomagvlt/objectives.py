@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanomagvlt import sequence
-from nanomagvlt.masking import gamma, lowest, num_masked, sample
+from nanomagvlt.masking import gamma, bottom_k_mask, num_masked, sample
 
 MAIN = "mask"  # the term that validation adds up over the tasks
 Uniform = Callable[..., Tensor]
@@ -61,7 +61,7 @@ def loss_terms(model, task: str, batch: Batch, uniform: Uniform,
     if task == "t2i" and cfg.condition_dropout and model.training:
         batch = drop_captions(batch, uniform, cfg)
     text_tokens, lengths = batch["text_tokens"], batch["text_lengths"]
-    image_is_masked, text_is_masked = hide(task, *may_hide(task, batch), uniform, "main", cfg)
+    image_is_masked, text_is_masked = sample_masks(task, *maskable(task, batch), uniform, "main", cfg)
 
     seq = sequence.build(task, cfg, batch["image_tokens"], image_is_masked, text_tokens, text_is_masked, lengths)
     loss, logits, length_logits = run(model, task, seq, batch, counts.get("mask"))
@@ -95,10 +95,10 @@ def num_scored(task: str, batch: Batch, uniform: Uniform, cfg) -> Counts:
     Of mask, unroll and mixsel: how many image places and text places are scored, (2,); of length: how many captions,
     (). Captions left out for guidance do not change them: t2i scores no text.
     """
-    main = hide(task, *may_hide(task, batch), uniform, "main", cfg)
+    main = sample_masks(task, *maskable(task, batch), uniform, "main", cfg)
     scored = {"mask": main}
     if cfg.unroll_mask and task != "it2it":
-        scored["unroll"] = hide_fewer(task, batch, *main, uniform, cfg)
+        scored["unroll"] = remask(task, batch, *main, uniform, cfg)
     if cfg.mixsel != "off":
         scored["mixsel"] = mix(task, batch, uniform, cfg).hidden
     counts = {name: torch.stack([is_masked.sum() for is_masked in both]) for name, both in scored.items()}
@@ -107,13 +107,13 @@ def num_scored(task: str, batch: Batch, uniform: Uniform, cfg) -> Counts:
 
 # ---------------------------------------------------------------------------------------------- hide, guess, compare
 
-def may_hide(task: str, batch: Batch) -> tuple[Tensor, Tensor]:
+def maskable(task: str, batch: Batch) -> tuple[Tensor, Tensor]:
     """Where the task may hide a token at all: in the image (B, N), and in the text (B, T), padding excepted."""
     return (torch.full_like(batch["image_tokens"], task != "i2t", dtype=torch.bool),
-            sequence.real_places(batch["text_lengths"], batch["text_tokens"].shape[1]) & (task != "t2i"))
+            sequence.valid_mask(batch["text_lengths"], batch["text_tokens"].shape[1]) & (task != "t2i"))
 
 
-def hide(task: str, image_may_hide: Tensor, text_may_hide: Tensor, uniform: Uniform, purpose: str, cfg,
+def sample_masks(task: str, image_maskable: Tensor, text_maskable: Tensor, uniform: Uniform, purpose: str, cfg,
          image_rounding: Callable = torch.ceil) -> tuple[Tensor, Tensor]:
     """Which tokens are hidden, of those that may be: image_is_masked (B, N) and text_is_masked (B, T), bool.
 
@@ -124,10 +124,10 @@ def hide(task: str, image_may_hide: Tensor, text_may_hide: Tensor, uniform: Unif
     """
     r = uniform(f"{purpose} r")                                                                      # (B,)
     r_text = 1 - r if task == "it2it" and cfg.it2it_ratio == "opposite" else r
-    num_image = num_masked(gamma(r, "cosine"), image_may_hide.sum(1), image_rounding)                # (B,)
-    num_text = num_masked(gamma(r_text, "linear"), text_may_hide.sum(1))                             # (B,)
-    return (lowest(uniform(f"{purpose} image places", image_may_hide.shape[1]), num_image, image_may_hide),
-            lowest(uniform(f"{purpose} text places", text_may_hide.shape[1]), num_text, text_may_hide))
+    num_image = num_masked(gamma(r, "cosine"), image_maskable.sum(1), image_rounding)                # (B,)
+    num_text = num_masked(gamma(r_text, "linear"), text_maskable.sum(1))                             # (B,)
+    return (bottom_k_mask(uniform(f"{purpose} image places", image_maskable.shape[1]), num_image, image_maskable),
+            bottom_k_mask(uniform(f"{purpose} text places", text_maskable.shape[1]), num_text, text_maskable))
 
 
 def drop_captions(batch: Batch, uniform: Uniform, cfg) -> Batch:
@@ -208,21 +208,21 @@ def unroll_mask(model, task: str, batch: Batch, image_is_masked: Tensor, text_is
         image_tokens = torch.where(image_is_masked, guessed, image_tokens)
     else:
         text_tokens = torch.where(text_is_masked, guessed, text_tokens)
-    image_again, text_again = hide_fewer(task, batch, image_is_masked, text_is_masked, uniform, cfg)
+    image_again, text_again = remask(task, batch, image_is_masked, text_is_masked, uniform, cfg)
     seq = sequence.build(task, cfg, image_tokens, image_again, text_tokens, text_again, batch["text_lengths"])
     return run(model, task, seq, batch, counts)[0]                                                   # eq. 4
 
 
-def hide_fewer(task: str, batch: Batch, image_is_masked: Tensor, text_is_masked: Tensor, uniform: Uniform,
+def remask(task: str, batch: Batch, image_is_masked: Tensor, text_is_masked: Tensor, uniform: Uniform,
                cfg) -> tuple[Tensor, Tensor]:
     """Which tokens are masked again, (B, N) and (B, T) bool: with a fresh r', floor(gamma(r') x the number masked
     before), at least 1, of those that were or, for text as an option, of all: decoding may mask any word again."""
     was_masked, schedule = (image_is_masked, "cosine") if task == "t2i" else (text_is_masked, "linear")
     among = was_masked
     if task == "i2t" and cfg.unroll_text == "all":
-        among = sequence.real_places(batch["text_lengths"], was_masked.shape[1])
+        among = sequence.valid_mask(batch["text_lengths"], was_masked.shape[1])
     count = num_masked(gamma(uniform("unroll r"), schedule), was_masked.sum(1), torch.floor)         # (B,)
-    again = lowest(uniform("unroll places", was_masked.shape[1]), count, among)
+    again = bottom_k_mask(uniform("unroll places", was_masked.shape[1]), count, among)
     return (again, text_is_masked) if task == "t2i" else (image_is_masked, again)
 
 
@@ -267,17 +267,17 @@ def mix(task: str, batch: Batch, uniform: Uniform, cfg) -> Mix:
     stacked = (uniform("mix direction")[:1] < 0.5) & (task != "t2i")                                 # (1,) top|bottom?
 
     shown = dict(batch)
-    image_may_hide, text_may_hide = may_hide(task, batch)                                            # (B, N), (B, T)
+    image_maskable, text_maskable = maskable(task, batch)                                            # (B, N), (B, T)
     if task != "t2i":
         shown["image_tokens"] = join_images(first, second, stacked)
     if task != "i2t":
         shown["text_tokens"], shown["text_lengths"], is_first, is_second = join_texts(first, second, cfg)
-        text_may_hide = choose(own_first, is_first, is_second) & (task == "it2it")                   # (B, T)
+        text_maskable = choose(own_first, is_first, is_second) & (task == "it2it")                   # (B, T)
     if task == "it2it":
-        image_may_hide = first_half(n, stacked) == own_first[:, None]                                # (B, N)
+        image_maskable = first_half(n, stacked) == own_first[:, None]                                # (B, N)
 
     rounding = torch.floor if task == "it2it" else torch.ceil  # of the image alone: so the authors' code
-    hidden = hide(task, image_may_hide, text_may_hide, uniform, "mix", cfg, rounding)
+    hidden = sample_masks(task, image_maskable, text_maskable, uniform, "mix", cfg, rounding)
     selector = torch.where(own_first, torch.where(stacked, sequence.TOP, sequence.LEFT),
                            torch.where(stacked, sequence.BOTTOM, sequence.RIGHT))                    # (B,)
     return Mix(shown, hidden, selector)

@@ -77,7 +77,7 @@ class Sequence:
     layout: Layout
 
 
-def real_places(lengths: Tensor, num_text: int) -> Tensor:
+def valid_mask(lengths: Tensor, num_text: int) -> Tensor:
     """True at the places before each caption's length: (B,) long -> (B, T) bool."""
     return torch.arange(num_text, device=lengths.device) < lengths[:, None]
 
@@ -105,7 +105,7 @@ def build(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor,
         "image": (image_tokens.masked_fill(image_is_masked, first_special_token + MASK_IMG),
                   rows(0, n), rows(first_special_place, n), image_is_masked, torch.ones_like(image_is_masked)),
         "text": ((text_tokens + cfg.codebook_size).masked_fill(text_is_masked, first_special_token + MASK_TXT),
-                 rows(n, t), rows(first_special_place, t), text_is_masked, real_places(text_lengths, t)),
+                 rows(n, t), rows(first_special_place, t), text_is_masked, valid_mask(text_lengths, t)),
     }
     specials = [name for name in ORDER[task] if name not in pieces]
     for k, name in enumerate(specials):  # one place each, the k-th on special row k; never masked, always real
@@ -120,14 +120,14 @@ def build(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor,
 
 
 def build_for_length(cfg: Config, image_tokens: Tensor, image_is_masked: Tensor) -> Sequence:
-    """What the caption's length is guessed from: the image, and cfg.length_places text places that are all masked.
+    """What the caption's length is guessed from: the image, and cfg.length_positions text places that are all masked.
 
     How many they are matters. BOT does not see them, but the image places that it looks at do: were they as many as
     the caption has tokens, BOT could read off at second hand what it is to guess. Padding would change nothing, so
     there is none: the sequence ends with them.
     """
-    hidden = torch.zeros(len(image_tokens), cfg.length_places, dtype=torch.long, device=image_tokens.device)
-    lengths = torch.full_like(hidden[:, 0], cfg.length_places)                                       # (B,)
+    hidden = torch.zeros(len(image_tokens), cfg.length_positions, dtype=torch.long, device=image_tokens.device)
+    lengths = torch.full_like(hidden[:, 0], cfg.length_positions)                                       # (B,)
     return build("i2t", cfg, image_tokens, image_is_masked, hidden, torch.ones_like(hidden, dtype=torch.bool), lengths)
 
 

@@ -11,10 +11,10 @@ from nanomagvlt.data import shapes
 from nanomagvlt.evaluation import small_world
 from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.config import preset
-from nanomagvlt.decoding import (Canvas, Recipe, blank_image, blank_text, decode, draw_image, draw_pair, image_recipe,
+from nanomagvlt.decoding import (DecodeState, SamplingConfig, blank_image, blank_text, decode, draw_image, draw_pair, image_recipe,
                                predict_length, text_recipe, write_text)
 from nanomagvlt.masking import ORDERS, decoding_counts, halton_rank, sample
-from nanomagvlt.sequence import real_places
+from nanomagvlt.sequence import valid_mask
 
 IMAGE, TEXT = replace(image_recipe(preset("base")), rows=4), text_recipe(preset("base"))
 V = 9
@@ -42,12 +42,12 @@ def canvas(rows=4, n=16, share=0.7):
 
 
 def run(model, tokens, to_fill, recipe, seed=0):
-    one = Canvas(tokens, to_fill, recipe)
+    one = DecodeState(tokens, to_fill, recipe)
     decode(lambda: [model(one.tokens, one.is_masked)], [one], torch.Generator().manual_seed(seed))
     return one.tokens, one.trace
 
 
-def with_steps(recipe: Recipe, steps: int) -> Recipe:
+def with_steps(recipe: SamplingConfig, steps: int) -> SamplingConfig:
     return replace(recipe, steps=steps)
 
 
@@ -180,26 +180,26 @@ def test_an_image_all_of_which_is_to_be_made_anew_is_a_new_image(model, batch):
     """Inpainting is drawing: what is hidden does not matter, what is known stays, and is seen."""
     text, chance = (batch["text_tokens"], batch["text_lengths"]), torch.Generator
     drawn, _ = draw_image(model, *text, chance().manual_seed(0))
-    all_hidden = Canvas(*blank_image(model.cfg, 5), image_recipe(model.cfg))
+    all_hidden = DecodeState(*blank_image(model.cfg, 5), image_recipe(model.cfg))
     all_hidden.tokens = batch["image_tokens"]
     assert torch.equal(draw_image(model, *text, chance().manual_seed(0), all_hidden)[0], drawn)
     half = torch.arange(model.cfg.image_tokens) % 2 == 0
     recipe = replace(image_recipe(model.cfg), steps=2)
     painted, _ = draw_image(model, *text, chance().manual_seed(0),
-                            Canvas(batch["image_tokens"], half.expand(5, -1), recipe))
+                            DecodeState(batch["image_tokens"], half.expand(5, -1), recipe))
     assert torch.equal(painted[:, ~half], batch["image_tokens"][:, ~half])
     assert not torch.equal(painted[:, half], drawn[:, half])
 
 
 def test_given_words_stay(model, batch):
     lengths = batch["text_lengths"]
-    to_fill = real_places(lengths, model.cfg.text_length) & (torch.arange(model.cfg.text_length) % 2 == 0)
+    to_fill = valid_mask(lengths, model.cfg.text_length) & (torch.arange(model.cfg.text_length) % 2 == 0)
     written, same, _ = write_text(model, batch["image_tokens"], torch.Generator().manual_seed(0), lengths,
-                                  Canvas(batch["text_tokens"], to_fill, text_recipe(model.cfg)))
+                                  DecodeState(batch["text_tokens"], to_fill, text_recipe(model.cfg)))
     assert torch.equal(written[~to_fill], batch["text_tokens"][~to_fill]) and torch.equal(same, lengths)
     assert not torch.equal(written, batch["text_tokens"])
     with pytest.raises(ValueError, match="wants text_lengths"):
-        write_text(model, batch["image_tokens"], torch.Generator(), canvas=Canvas(written, to_fill, TEXT))
+        write_text(model, batch["image_tokens"], torch.Generator(), canvas=DecodeState(written, to_fill, TEXT))
 
 
 def test_guidance_of_one_is_none_and_more_goes_away_from_the_empty_caption(model, batch):
@@ -227,9 +227,9 @@ def test_a_pair_is_drawn_together_its_length_read_again(cfg, model, batch, monke
         assert tokens is image.tokens and is_masked is image.is_masked and is_masked.any()
         return torch.full((5,), next(said))
     monkeypatch.setattr("nanomagvlt.decoding.predict_length", predict)
-    image = Canvas(*blank_image(cfg, 5), replace(image_recipe(cfg), steps=4))
+    image = DecodeState(*blank_image(cfg, 5), replace(image_recipe(cfg), steps=4))
     start = torch.full((5,), 3)
-    text = Canvas(*blank_text(cfg, start), replace(text_recipe(cfg), steps=4))
+    text = DecodeState(*blank_text(cfg, start), replace(text_recipe(cfg), steps=4))
     _, _, lengths = draw_pair(model, image, text, start, torch.Generator().manual_seed(0))
     seen = [step.is_masked[0].tolist() for step in text.trace]
     assert seen[0][:4] == [True] * 3 + [False] and seen[1][3:6] == [True] * 3
@@ -244,9 +244,9 @@ def test_a_pair_is_drawn_together_its_length_read_again(cfg, model, batch, monke
 def test_of_a_pair_what_is_given_stays(cfg, model, batch):
     lengths = batch["text_lengths"]
     holes, gaps = (torch.arange(n) % 2 == 0 for n in (cfg.image_tokens, cfg.text_length))
-    image = Canvas(batch["image_tokens"], holes.expand(5, -1), replace(image_recipe(cfg), steps=2))
-    gaps = gaps & real_places(lengths, cfg.text_length)                                              # (B, T)
-    text, given = Canvas(batch["text_tokens"], gaps, replace(text_recipe(cfg), steps=2)), ~gaps
+    image = DecodeState(batch["image_tokens"], holes.expand(5, -1), replace(image_recipe(cfg), steps=2))
+    gaps = gaps & valid_mask(lengths, cfg.text_length)                                              # (B, T)
+    text, given = DecodeState(batch["text_tokens"], gaps, replace(text_recipe(cfg), steps=2)), ~gaps
     image_tokens, text_tokens, same = draw_pair(model, image, text, lengths, torch.Generator().manual_seed(0), True)
     assert torch.equal(image_tokens[:, ~holes], batch["image_tokens"][:, ~holes]) and torch.equal(same, lengths)
     assert torch.equal(text_tokens[given], batch["text_tokens"][given])
@@ -256,11 +256,11 @@ def test_of_a_pair_what_is_given_stays(cfg, model, batch):
 
 
 def test_decoding_rules_are_those_of_the_release():
-    assert image_recipe(preset("base")) == Recipe(10, "cosine", "gumbel", False, (1.4, 0.6), (2.0, 0.2), 0, 2 ** -10,
+    assert image_recipe(preset("base")) == SamplingConfig(10, "cosine", "gumbel", False, (1.4, 0.6), (2.0, 0.2), 0, 2 ** -10,
                                                   16)
-    assert text_recipe(preset("large")) == Recipe(12, "linear", "gumbel", True, (0.1, 0.1), (-1.0, -1.0), 32,
+    assert text_recipe(preset("large")) == SamplingConfig(12, "linear", "gumbel", True, (0.1, 0.1), (-1.0, -1.0), 32,
                                                   torch.finfo(torch.float32).tiny, 1)
-    assert preset("base").length_places == 16
+    assert preset("base").length_positions == 16
 
 
 def test_temperature_at_both_ends_and_the_floor_of_confidence():
@@ -304,8 +304,8 @@ def test_a_decoding_step_waits_for_nothing_and_makes_no_large_mask(task, order, 
             return original(*args)
         monkeypatch.setattr(decode_module, name, in_time)
     chance, lengths = torch.Generator().manual_seed(0), torch.tensor([1, 2, 3, 5, 6])
-    image = Canvas(*blank_image(cfg, 5), replace(image_recipe(cfg), order=order, steps=3))
-    text = Canvas(*blank_text(cfg, lengths), replace(text_recipe(cfg), order=order, steps=3))
+    image = DecodeState(*blank_image(cfg, 5), replace(image_recipe(cfg), order=order, steps=3))
+    text = DecodeState(*blank_text(cfg, lengths), replace(text_recipe(cfg), order=order, steps=3))
     if task in ("draw", "guided"):
         draw_image(model, batch["text_tokens"], batch["text_lengths"], chance, image, 1.0 if task == "draw" else 2.0)
     elif task == "write":
@@ -315,7 +315,7 @@ def test_a_decoding_step_waits_for_nothing_and_makes_no_large_mask(task, order, 
     no_sync.__exit__(None, None, None)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():  # it does see what it is to see
         bool(batch["text_lengths"].min() > 0)
-    shorter = length - cfg.text_length + cfg.length_places
+    shorter = length - cfg.text_length + cfg.length_positions
     assert set(masks) <= {(5, 1, 1, length), (10, 1, 1, length), (5, 1, 1, shorter), None} and len(masks) > cfg.layers
 
 
@@ -329,7 +329,7 @@ def test_where_probabilities_are_exact_every_caption_is_right():
         texts = [bpe.encode(caption) for caption in shapes.captions(scene, "tiny")]
         length = len(rng.choice(texts))
         texts = torch.tensor([text for text in texts if len(text) == length])                        # (C, length)
-        one = Canvas(torch.zeros_like(texts[:1]), torch.ones_like(texts[:1], dtype=torch.bool), recipe)
+        one = DecodeState(torch.zeros_like(texts[:1]), torch.ones_like(texts[:1], dtype=torch.bool), recipe)
 
         def guess():
             fits = ((texts == one.tokens) | one.is_masked).all(dim=1)                                # (C,)

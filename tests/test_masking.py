@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from nanomagvlt.masking import SCHEDULES, decoding_counts, gamma, gumbel, halton_rank, lowest, num_masked, order_scores
+from nanomagvlt.masking import SCHEDULES, decoding_counts, gamma, gumbel, halton_rank, bottom_k_mask, num_masked, order_scores
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -60,7 +60,7 @@ def test_lowest_takes_exactly_that_many_and_only_where_it_may():
     scores = torch.randn(500, 20, generator=g)
     among = torch.rand(500, 20, generator=g) < 0.7
     count = (torch.rand(500, generator=g) * (among.sum(1) + 1)).long()
-    chosen = lowest(scores, count, among)
+    chosen = bottom_k_mask(scores, count, among)
     assert torch.equal(chosen.sum(1), count) and not (chosen & ~among).any()
     for row in range(500):  # by sorting, one row at a time
         best = sorted(scores[row][among[row]].tolist())[:count[row]]
@@ -69,7 +69,7 @@ def test_lowest_takes_exactly_that_many_and_only_where_it_may():
 
 def test_lowest_of_uniform_scores_is_a_uniform_choice():
     scores = torch.rand(30_000, 4, generator=torch.Generator().manual_seed(0))
-    chosen = lowest(scores, torch.full((30_000,), 2), torch.ones_like(scores, dtype=torch.bool))
+    chosen = bottom_k_mask(scores, torch.full((30_000,), 2), torch.ones_like(scores, dtype=torch.bool))
     pairs = (chosen * torch.tensor([1, 2, 4, 8])).sum(1).bincount(minlength=16)
     assert (pairs > 0).sum() == 6 and (pairs[pairs > 0] - 5000).abs().max() < 300  # 4.6 sigma
 

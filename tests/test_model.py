@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from nanomagvlt import sequence
-from nanomagvlt.model import MAGVLT, num_parameters, waves
+from nanomagvlt.model import MAGVLT, num_parameters, sincos_init
 
 
 def test_waves_are_alike_at_equal_distances():
     """The product of two places' waves depends on how far apart they are, and is highest for a place with itself."""
-    rows = waves(24, 128)
+    rows = sincos_init(24, 128)
     products = rows @ rows.T                                                                          # (24, 24)
     for distance in range(1, 24):
         diagonal = products.diagonal(distance)
@@ -17,23 +17,23 @@ def test_waves_are_alike_at_equal_distances():
 
 
 def test_weights_start_as_small_as_is_said(cfg):
-    model = MAGVLT(dataclasses.replace(cfg, width=128, init_std=0.03, position_start="normal"))
+    model = MAGVLT(dataclasses.replace(cfg, width=128, init_std=0.03, position_init="normal"))
     for weight in (model.tokens.weight, model.places.weight, model.blocks[1].attention.qkv.weight):
         assert abs(weight.std() - 0.03) < 0.002 and abs(weight.mean()) < 0.003
     assert not model.blocks[1].attention.qkv.bias.any() and not model.output_bias.any()
 
 
 def test_positions_start_as_waves_of_the_row_the_column_and_the_text_place(cfg):
-    places = MAGVLT(dataclasses.replace(cfg, position_start="waves")).places.weight
+    places = MAGVLT(dataclasses.replace(cfg, position_init="sincos")).places.weight
     assert torch.equal(places[0, :8], places[1, :8]) and torch.equal(places[0, 8:], places[2, 8:])    # G = 2, N = 4
-    assert torch.allclose(places[4:10], 2 ** 0.5 * cfg.init_std * waves(6, 16))
+    assert torch.allclose(places[4:10], 2 ** 0.5 * cfg.init_std * sincos_init(6, 16))
     assert not torch.equal(places[0, :8], places[2, :8])
 
 
 def build(task, cfg, batch, hide_text=True):
     g = torch.Generator().manual_seed(2)
     image_mask = torch.rand(5, cfg.image_tokens, generator=g) < 0.5
-    is_real = sequence.real_places(batch["text_lengths"], cfg.text_length)
+    is_real = sequence.valid_mask(batch["text_lengths"], cfg.text_length)
     text_mask = (torch.rand(5, cfg.text_length, generator=g) < 0.5) & is_real
     return sequence.build(task, cfg, batch["image_tokens"], image_mask, batch["text_tokens"], text_mask,
                           batch["text_lengths"])
@@ -71,7 +71,7 @@ def test_padding_and_hidden_tokens_change_nothing(task, cfg, model, batch):
     text_mask, image_mask = seq.is_masked[:, seq.layout.text], seq.is_masked[:, seq.layout.image]
     other = {
         "image_tokens": torch.where(image_mask, (batch["image_tokens"] + 1) % cfg.codebook_size, batch["image_tokens"]),
-        "text_tokens": torch.where(text_mask | ~sequence.real_places(batch["text_lengths"], cfg.text_length),
+        "text_tokens": torch.where(text_mask | ~sequence.valid_mask(batch["text_lengths"], cfg.text_length),
                                    (batch["text_tokens"] + 1) % cfg.text_vocab, batch["text_tokens"])
     }
     assert not torch.equal(other["text_tokens"], batch["text_tokens"])

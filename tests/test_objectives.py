@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanomagvlt import objectives, sequence
-from nanomagvlt.objectives import (first_half, hide, hide_fewer, join_images, join_texts, loss_terms,
+from nanomagvlt.objectives import (first_half, sample_masks, remask, join_images, join_texts, loss_terms,
                                    masked_cross_entropy, mixsel, partners, total_loss)
 
 WHOLE = dict(length_weight=0.01, unroll_mask=True, mixsel="select", mixsel_separators=1, text_vocab=100)
@@ -44,15 +44,15 @@ def test_hides_exactly_the_papers_number_and_never_what_may_not(task, ratio, cfg
 
     def uniform(purpose: str, *shape: int) -> torch.Tensor:
         return torch.rand(steps, *shape, generator=g) if shape else r
-    text_may_hide = sequence.real_places(lengths, t) & (task != "t2i")
-    image, text = hide(task, torch.full((steps, n), task != "i2t"), text_may_hide, uniform, "", cfg)
+    text_maskable = sequence.valid_mask(lengths, t) & (task != "t2i")
+    image, text = sample_masks(task, torch.full((steps, n), task != "i2t"), text_maskable, uniform, "", cfg)
     image_share = torch.cos(r.double() * torch.pi / 2)
     text_share = r.double() if task == "it2it" and ratio == "opposite" else 1 - r.double()
     expected_image = (image_share * n - 1e-6).ceil().clamp(min=1).long() * (task != "i2t")
     expected_text = (text_share * lengths - 1e-6).ceil().clamp(min=1).long() * (task != "t2i")
     assert torch.equal(image.sum(1), expected_image)
     assert torch.equal(text.sum(1), expected_text)
-    assert not (text & ~text_may_hide).any()
+    assert not (text & ~text_maskable).any()
 
 
 def test_cross_entropy_is_the_mean_over_masked_places_alone():
@@ -135,7 +135,7 @@ def test_a_setting_of_training_is_in_every_term(setting, value, cfg, batch, unif
 
 @pytest.mark.parametrize("task", sequence.TASKS)
 def test_padding_does_not_touch_loss_or_gradient(task, whole, batch, uniform):
-    is_padding = ~sequence.real_places(batch["text_lengths"], whole.cfg.text_length)
+    is_padding = ~sequence.valid_mask(batch["text_lengths"], whole.cfg.text_length)
     other = dict(batch, text_tokens=torch.where(is_padding, (batch["text_tokens"] + 7) % 20, batch["text_tokens"]))
     gradients = []
     for b in (batch, other):
@@ -195,7 +195,7 @@ def test_length_counts_from_one_and_its_own_pass_shows_nothing_of_it(length_pass
     terms_of(model, "i2t", batch, uniform)
     seen_text = seen[-1].is_valid[:, seen[-1].layout.text]
     if length_pass == "own":
-        assert (seen_text.sum(1) == cfg.length_places).all()
+        assert (seen_text.sum(1) == cfg.length_positions).all()
         assert (seen[-1].is_masked[:, seen[-1].layout.text] == seen_text).all()
     else:
         assert torch.equal(seen_text.sum(1), batch["text_lengths"])
@@ -212,7 +212,7 @@ def test_fewer_are_hidden_again_of_those_that_were(task, everywhere, cfg):
         torch.arange(rows) % n + 1)[:, None]
     g = torch.Generator().manual_seed(1)
     nothing, full = torch.zeros_like(was), {"text_lengths": torch.full((rows,), n)}
-    image, text = hide_fewer(task, full, *((was, nothing) if task == "t2i" else (nothing, was)),
+    image, text = remask(task, full, *((was, nothing) if task == "t2i" else (nothing, was)),
                              lambda purpose, *shape: torch.rand(rows, n, generator=g) if shape else r, cfg)
     again, shown = (image, text) if task == "t2i" else (text, image)
     share = torch.cos(r * torch.pi / 2) if task == "t2i" else 1 - r

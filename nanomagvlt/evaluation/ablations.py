@@ -53,8 +53,8 @@ ARMS = {
     "wide": {**FULL, "width": 192, "heads": 6},
     "same-ratio": {"it2it_ratio": "same"},
     "unroll-all": {"unroll_mask": True, "unroll_text": "all"},
-    "length-main": {"length_pass": "main", "length_places": 16},  # as the release
-    "cosine": {"lr_fall": 1.0},
+    "length-main": {"length_pass": "main", "length_positions": 16},  # as the release
+    "cosine": {"decay_fraction": 1.0},
     "for-guidance": {"condition_dropout": 0.1},  # then: eval.py sweep --checkpoint .../for-guidance-0/last.pt
 }
 SHORT = 30, 150        # of a short run: the updates that are not timed, and all of them

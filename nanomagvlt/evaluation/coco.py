@@ -74,7 +74,7 @@ PROTOCOLS = {
                            "CIDEr": (119.8, None, 135.3, None), "SPICE": (23.8, None, 26.3, None)}),
 }
 # The settings of a checkpoint on which what it makes depends.
-DECODING = ("image_", "text_", "argvlt_", "guidance", "clean_captions", "length_places")
+DECODING = ("image_", "text_", "argvlt_", "guidance", "clean_captions", "length_positions")
 
 
 # ---------------------------------------------------------------------------------------------- beginning
@@ -107,9 +107,9 @@ def begin(name: str, captions: Path, images: Path, out: Path, pipeline: Pipeline
     settings = {
         "protocol": name, "captions": hashlib.sha256(captions.read_bytes()).hexdigest()[:16], "images": digest(photos),
         "split": split, "num": len(items), "candidates": candidates, "seed": seed,
-        "weights": checkpoint.digest(torch.nn.ModuleList([pipeline.model, pipeline.vqgan])),
+        "weights": checkpoint.weight_hash(torch.nn.ModuleList([pipeline.model, pipeline.vqgan])),
         "bpe": hashlib.sha256(pipeline.bpe.to_text().encode()).hexdigest()[:16],
-        "clip": judge and checkpoint.digest(judge.model), "inception": inception and checkpoint.digest(inception),
+        "clip": judge and checkpoint.weight_hash(judge.model), "inception": inception and checkpoint.weight_hash(inception),
         **{key: value for key, value in asdict(pipeline.cfg).items() if key.startswith(DECODING)}}
     claim(out, settings)
     what = (f"{len(items):,} of {among:,} {'captions' if protocol.num else 'images'} of {captions.name}"
@@ -173,7 +173,7 @@ class Run:
         if self.protocol.only_a_part:
             photos = read_squares([item.photo for item in items], cfg.image_size)
             tokens = self.pipeline.image_to_tokens(photos).repeat_interleave(self.candidates, 0)    # (B C, N)
-            known = tokens, edit.centre_places(cfg.grid).expand(len(tokens), -1)
+            known = tokens, edit.centre_positions(cfg.grid).expand(len(tokens), -1)
         prompts = [text for text in self.texts(items) for _ in range(self.candidates)]
         tokens, _ = self.pipeline.draw_tokens(prompts, self.generators(numbers), *known)
         pictures = self.pipeline.tokens_to_image(tokens)                                            # (B C, S, S, 3)

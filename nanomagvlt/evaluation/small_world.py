@@ -15,7 +15,7 @@ from nanomagvlt.data import shapes
 from nanomagvlt.sampling import edit
 from nanomagvlt.rng import keyed_generator, keyed_seed
 from nanomagvlt.data.cache import encode_captions
-from nanomagvlt.sequence import real_places
+from nanomagvlt.sequence import valid_mask
 
 
 @dataclass
@@ -132,7 +132,7 @@ def evaluate_editing(pipeline, level: shapes.Level, num_scenes: int, phrasings: 
     text_tokens, lengths = encode_captions(bpe, prompts, cfg.text_length)
     if (text_tokens.gather(1, lengths[:, None] - 1) != bpe.end).any():
         raise ValueError(f"captions of shapes:{level.name} have more than text_length {cfg.text_length} tokens here")
-    all_words = real_places(lengths, cfg.text_length)                                                # (M, T)
+    all_words = valid_mask(lengths, cfg.text_length)                                                # (M, T)
 
     def drawn_right(pictures: np.ndarray) -> Share:
         readings = zip(prompts, shapes.read_images(pictures, level))
@@ -162,11 +162,11 @@ def evaluate_editing(pipeline, level: shapes.Level, num_scenes: int, phrasings: 
     cells = cell_of == torch.tensor([thing.cell for thing in things])[:, None]                       # (M, N)
     phrases = torch.zeros_like(text_tokens, dtype=torch.bool)                                        # (M, T)
     for row, prompt, thing in zip(phrases, prompts, things):
-        row[list(edit.word_places(bpe, prompt, f"{thing.colour} {thing.shape}"))] = True
+        row[list(edit.word_positions(bpe, prompt, f"{thing.colour} {thing.shape}"))] = True
     rewritten = pipeline.write_tokens(image_tokens, keyed_generator(seed, "length"), text_tokens, lengths, all_words)[0]
     return {"scenes": len(scenes), "phrasings": phrasings, **edited("object", cells, phrases),
             "i2t_true_length": told_right(pipeline.read_texts(rewritten, lengths)),
-            **edited("centre", edit.centre_places(cfg.grid).expand(len(asked), -1),
+            **edited("centre", edit.centre_positions(cfg.grid).expand(len(asked), -1),
                      edit.centre_words(lengths, cfg.text_length))}
 
 

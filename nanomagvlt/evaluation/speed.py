@@ -23,7 +23,7 @@ from torch import Tensor
 from nanomagvlt import argvlt, decoding
 from nanomagvlt.config import Config
 from nanomagvlt.model import MAGVLT, num_parameters, operations
-from nanomagvlt.sequence import real_places
+from nanomagvlt.sequence import valid_mask
 
 PAPER = {"t2i": 8.12, "i2t": 1.56}   # how many times as fast as ARGVLT the paper's MAGVLT is
 STEPS = {"t2i": 10, "i2t": 12}       # K of the paper
@@ -88,7 +88,7 @@ def memory_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / medians([lambda: target.copy_(source)], device, 5)[0]
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second in multiplying two square matrices, 8192 on a GPU, 1024 on a CPU."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
@@ -101,7 +101,7 @@ def masked_decoding(model: MAGVLT, task: str, image: Tensor, text: Tensor) -> Te
     if task == "t2i":
         return decoding.draw_image(model, text, lengths, generator)[0]
     decoding.predict_length(model, image, torch.zeros_like(image, dtype=torch.bool))  # known here, but it takes its time
-    canvas = decoding.Canvas(torch.zeros_like(text), real_places(lengths, text.shape[1]), decoding.text_recipe(model.cfg))
+    canvas = decoding.DecodeState(torch.zeros_like(text), valid_mask(lengths, text.shape[1]), decoding.text_recipe(model.cfg))
     return decoding.write_text(model, image, generator, lengths, canvas)[0]
 
 
@@ -118,7 +118,7 @@ def operations_of(cfg: Config, task: str, length: int, caption: int) -> tuple[in
     steps = cfg.image_steps if task == "t2i" else cfg.text_steps
     masked = steps * operations(cfg, length, length, scored, vocabulary)
     if task == "i2t":
-        short = length - caption + cfg.length_places
+        short = length - caption + cfg.length_positions
         masked += operations(cfg, short, short, 0, 0)                         # the length, but for its small head
     return masked, operations(cfg, length - 1, length, scored, vocabulary)    # the last token need not be read
 

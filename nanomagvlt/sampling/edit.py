@@ -30,7 +30,7 @@ def region(size: tuple[int, int], box: tuple[int, ...]) -> Image.Image:
     return mask
 
 
-def mask_to_places(mask: Image.Image, grid: int) -> Tensor:
+def mask_to_positions(mask: Image.Image, grid: int) -> Tensor:
     """Where tokens are to be made anew, (N,) bool: where a mask, cut square like its image, has any white pixel."""
     width, height = mask.size
     side = min(width, height)
@@ -42,14 +42,14 @@ def mask_to_places(mask: Image.Image, grid: int) -> Tensor:
     return places.flatten()
 
 
-def centre_places(grid: int) -> Tensor:
+def centre_positions(grid: int) -> Tensor:
     """The paper's region (section 4.2): the middle half of the rows and columns, (N,) bool."""
     middle = torch.arange(grid)
     middle = (middle >= grid // 4) & (middle < grid - grid // 4)                                     # (G,)
     return (middle[:, None] & middle).flatten()
 
 
-def random_places(num_places: int, share: float, batch: int, generator: torch.Generator) -> Tensor:
+def random_positions(num_places: int, share: float, batch: int, generator: torch.Generator) -> Tensor:
     """A random choice of round(share x N) places, at least 1, another one in every row: (B, N) bool."""
     rank = torch.rand(batch, num_places, generator=generator).argsort(1).argsort(1)
     return rank < max(1, round(share * num_places))
@@ -94,7 +94,7 @@ def read_masked_text(text: str, bpe: BPE, text_length: int) -> tuple[Tensor, Ten
             torch.tensor(to_fill + [False] * padding))
 
 
-def word_places(bpe: BPE, prompt: str, word: str) -> range:
+def word_positions(bpe: BPE, prompt: str, word: str) -> range:
     """Where the tokens of a word, or of several in a row, stand among those of a prompt; case does not matter.
 
     Raises ValueError where they are not in it.

@@ -20,7 +20,7 @@ from nanomagvlt.training import checkpoint, pretrained
 from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.config import Config
 from nanomagvlt.data.cache import encode_captions, to_images, to_pixels
-from nanomagvlt.decoding import Canvas, Step
+from nanomagvlt.decoding import DecodeState, Step
 from nanomagvlt.model import MAGVLT
 from nanomagvlt.tokenizers.vqgan import VQGAN
 
@@ -78,7 +78,7 @@ class Pipeline:
                                               cfg.argvlt_temperature, cfg.image_top_k), []
             else:
                 done, steps = decoding.draw_image(self.model, text_tokens, lengths, generator,
-                                                Canvas(known, fill, recipe), cfg.guidance)
+                                                DecodeState(known, fill, recipe), cfg.guidance)
             drawn.append(done)
             trace = trace or steps
         return torch.cat(drawn), trace
@@ -112,7 +112,7 @@ class Pipeline:
                 if text_tokens is None:  # its length is where it ended
                     n = (done != self.bpe.end).sum(1).add(1).clamp(max=cfg.text_length)
             else:
-                canvas = Canvas(known, fill, decoding.text_recipe(cfg))
+                canvas = DecodeState(known, fill, decoding.text_recipe(cfg))
                 done, _, steps = decoding.write_text(self.model, image, generator, n, canvas)
             written.append(done)
             all_lengths.append(n)
@@ -122,7 +122,7 @@ class Pipeline:
     @torch.inference_mode()
     def make_pairs(self, count: int, generator: torch.Generator, image: tuple[torch.Tensor, torch.Tensor] | None = None,
                    text: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[Canvas]]:
+                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[DecodeState]]:
         """Images and their captions at once (appendix D): image tokens (B, N), text tokens (B, T), text lengths (B,),
         and the two canvases of the first batch.
 
@@ -149,7 +149,7 @@ class Pipeline:
         for i in range(0, count, self.batch_size):
             image_tokens, holes, words, lengths, gaps = (x[i:i + self.batch_size].to(self.device)
                                                          for x in (*image, *text))
-            canvases = [Canvas(image_tokens, holes, recipes[0]), Canvas(words, gaps, recipes[1])]
+            canvases = [DecodeState(image_tokens, holes, recipes[0]), DecodeState(words, gaps, recipes[1])]
             made.append(decoding.draw_pair(self.model, *canvases, lengths, generator, keep_length=is_known))
             first = first or canvases
         return *map(torch.cat, zip(*made)), first

@@ -6,7 +6,7 @@ where the weights for it are given, in the features of a network that has learnt
 (the GAN's discriminator, a PatchGAN) learns to tell image from reconstruction, patch by patch, and the painter learns
 to please it too.
 
-The two players are two functions, painter_loss() and critic_loss(). They take turns, and neither is to move the
+The two players are two functions, generator_loss() and discriminator_loss(). They take turns, and neither is to move the
 other: the painter's gradient runs through the critic but changes nothing there, the critic sees reconstructions as
 given pictures.
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nanomagvlt.io import first_line
 
 
-class Critic(nn.Module):
+class Discriminator(nn.Module):
     """PatchGAN: one opinion for every patch of a picture, high for real ones (Isola et al., CVPR 2017)."""
 
     def __init__(self, channels: int = 64, layers: int = 3):
@@ -110,7 +110,7 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
     return (near / (far + 1e-4)).clamp(0.0, 1e4).detach()
 
 
-def painter_loss(pixels: Tensor, reconstruction: Tensor, last_layer: Tensor, critic: Critic | None = None,
+def generator_loss(pixels: Tensor, reconstruction: Tensor, last_layer: Tensor, critic: Discriminator | None = None,
                  perceptual: Perceptual | None = None, share: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
     """What the VQ-GAN wants less of, and its parts, for the log. pixels and reconstruction (B, 3, S, S).
 
@@ -132,7 +132,7 @@ def painter_loss(pixels: Tensor, reconstruction: Tensor, last_layer: Tensor, cri
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
-def critic_loss(critic: Critic, pixels: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def discriminator_loss(critic: Discriminator, pixels: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The hinge: opinions above 1 on images and below -1 on reconstructions are good enough.
 
     The reconstruction is detached: the critic's progress is not to be paid for by the painter.

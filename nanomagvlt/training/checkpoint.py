@@ -55,7 +55,7 @@ def load(path: str | Path, kind: str) -> dict:
 def load_vqgan(path: str | Path) -> VQGAN:
     """The VQ-GAN of a "vqgan" checkpoint, in evaluation mode. Raises CheckpointError."""
     content = load(path, "vqgan")
-    return filled(VQGAN, content["config"], content["vqgan"], path)
+    return load_strict(VQGAN, content["config"], content["vqgan"], path)
 
 
 def load_magvlt(path: str | Path) -> tuple[MAGVLT, VQGAN, BPE]:
@@ -66,10 +66,10 @@ def load_magvlt(path: str | Path) -> tuple[MAGVLT, VQGAN, BPE]:
         bpe = BPE.from_text(content["bpe"])
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its merges cannot be used ({first_line(error)})") from None
-    return filled(MAGVLT, cfg, content["model"], path), filled(VQGAN, cfg, content["vqgan"], path), bpe
+    return load_strict(MAGVLT, cfg, content["model"], path), load_strict(VQGAN, cfg, content["vqgan"], path), bpe
 
 
-def filled(kind: type[nn.Module], cfg: Config, state: dict[str, Tensor], path: str | Path) -> nn.Module:
+def load_strict(kind: type[nn.Module], cfg: Config, state: dict[str, Tensor], path: str | Path) -> nn.Module:
     """A module in evaluation mode that takes the tensors of state, as float32, for its own: nothing is initialised in
     vain, nothing copied. Raises CheckpointError where one has not exactly the right name and shape."""
     if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor) and
@@ -93,7 +93,7 @@ def filled(kind: type[nn.Module], cfg: Config, state: dict[str, Tensor], path: s
     return module.eval()
 
 
-def digest(module: nn.Module) -> str:
+def weight_hash(module: nn.Module) -> str:
     """A short name for exactly these weights: a hash of every tensor."""
     sha = hashlib.sha256()
     for name, tensor in module.state_dict().items():

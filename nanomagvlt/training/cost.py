@@ -1,4 +1,4 @@
-"""Appendix - What a run will cost, before it is begun: computed (--dry-run), and measured (--rehearse).
+"""Appendix - What a run will cost, before it is begun: computed (--dry-run), and measured (--benchmark).
 
 Computed: operations are counted from the sizes (see operations_of_update() in update.py). Memory is what stays:
 weights, their gradients, AdamW's two moments and the moving average, 4 bytes a number each; and what the forward pass
@@ -28,8 +28,8 @@ from nanomagvlt.config import Config
 from nanomagvlt.training.loop import optimizer_for
 from nanomagvlt.model import MAGVLT, num_parameters
 from nanomagvlt.sequence import TASKS
-from nanomagvlt.evaluation.speed import matrix_rate, wait
-from nanomagvlt.training.update import Parts, average, compiled_pass, method_of, operations_of_update, update_model
+from nanomagvlt.evaluation.speed import matmul_flops, wait
+from nanomagvlt.training.update import Parts, update_ema, compiled_pass, method_of, operations_of_update, update_model
 
 REACHED = 0.5  # the share of the measured matrix rate that a good training step reaches
 
@@ -56,7 +56,7 @@ def activation_bytes(cfg: Config, task: str, pairs: int) -> int:
     return sum(kept.values())
 
 
-def budget(cfg: Config, device: torch.device) -> str:
+def report(cfg: Config, device: torch.device) -> str:
     """Parameters, operations, memory and hours of a training run, as text."""
     with torch.device("meta"):
         parameters = num_parameters(MAGVLT(cfg))
@@ -66,11 +66,11 @@ def budget(cfg: Config, device: torch.device) -> str:
     one, two = (max(activation_bytes(cfg, task, pairs) for task, _ in tasks) for pairs in (1, 2))
     state, pair = 20 * parameters, two - one
     activations = one + (at_once - 1) * pair
-    if distributed.world() > 1:
+    if distributed.world_size() > 1:
         state += 4 * parameters  # the gradients in one piece, to be added up
     torch.set_float32_matmul_precision("high")  # as train.py
-    rate = matrix_rate(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
-    seconds = an_update / (REACHED * rate * distributed.world())
+    rate = matmul_flops(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
+    seconds = an_update / (REACHED * rate * distributed.world_size())
     gib = 2 ** 30
     return "\n".join([
         f"parameters   {parameters:,}",
@@ -78,7 +78,7 @@ def budget(cfg: Config, device: torch.device) -> str:
         f"memory       {(state + activations) / gib:.3g} GiB and a tenth to spare: {state / gib:.3g} for weights, "
         f"gradients, moments and the average,\n             {activations / gib:.3g} for {at_once} pairs at a time "
         f"({pair / 2 ** 20:.0f} MiB each; --micro-batch makes it fewer)",
-        f"hours        {seconds * cfg.steps / 3600:,.1f} on {distributed.world()} x {device}, {seconds:,.3g} s an update, "
+        f"hours        {seconds * cfg.steps / 3600:,.1f} on {distributed.world_size()} x {device}, {seconds:,.3g} s an update, "
         f"if {REACHED:.0%} of {rate / 1e12:,.3g} TFLOP/s are reached,\n             what multiplying matrices was "
         f"measured at in {cfg.precision} just now",
     ])
@@ -102,19 +102,19 @@ class MadeUpPairs:
         return ["a " * self.cfg.text_length] * len(rows)
 
 
-def rehearse(cfg: Config, device: torch.device, updates: int) -> Iterator[str]:
+def benchmark(cfg: Config, device: torch.device, updates: int) -> Iterator[str]:
     """Does so many updates of each task, after one that is not timed (torch.compile), and says line by line how fast
     they were, all processes together; on a GPU also the memory taken, and how often an update made the CPU wait for it.
     At last where the time goes in an update of two parts a process. All processes must take all lines."""
     torch.set_float32_matmul_precision("high")  # as train.py
     torch.manual_seed(0)
-    rate = distributed.world() * matrix_rate(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
+    rate = distributed.world_size() * matmul_flops(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model = MAGVLT(cfg).to(device)
     averaged, optimizer = copy.deepcopy(model).requires_grad_(False), optimizer_for(model, cfg, cfg.lr)
     one_pass, steps = compiled_pass(cfg), count()
-    few = min(cfg.batch_size, 2 * (cfg.micro_batch or cfg.batch_size) * distributed.world())  # one would be another graph
+    few = min(cfg.batch_size, 2 * (cfg.micro_batch or cfg.batch_size) * distributed.world_size())  # one would be another graph
     whole, short = (Parts(dataclasses.replace(cfg, batch_size=pairs), MadeUpPairs(cfg), BPE([]), device)
                     for pairs in (cfg.batch_size, few))
 
@@ -124,7 +124,7 @@ def rehearse(cfg: Config, device: torch.device, updates: int) -> Iterator[str]:
         wait(device)
         started = time.perf_counter()
         update_model(model, optimizer, of_this_task, parts, one_pass, next(steps))
-        average(averaged, model, cfg.ema)
+        update_ema(averaged, model, cfg.ema)
         wait(device)
         return time.perf_counter() - started
 

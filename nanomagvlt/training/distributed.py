@@ -40,14 +40,14 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """How many there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def add_up(tensors: list[torch.Tensor]) -> None:
+def all_reduce_sum(tensors: list[torch.Tensor]) -> None:
     """Each becomes its sum over all processes, in place."""
-    if world() == 1 or not tensors:
+    if world_size() == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
@@ -55,18 +55,18 @@ def add_up(tensors: list[torch.Tensor]) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
-def any_of(flag: bool, device: torch.device) -> bool:
+def all_reduce_any(flag: bool, device: torch.device) -> bool:
     """Does it hold in any process?"""
-    if world() == 1:
+    if world_size() == 1:
         return flag
     total = torch.tensor(float(flag), device=device)
     dist.all_reduce(total)
     return bool(total)
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all have come here."""
-    if world() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
@@ -79,7 +79,7 @@ def end() -> None:
 def fail(status: int) -> None:
     """Ends this process after an error. The others may be waiting for it in the middle of an update, and taking leave
     of them would wait, too: so it ends at once, and torchrun then ends the others."""
-    if world() == 1:
+    if world_size() == 1:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -22,7 +22,8 @@ from torch import Tensor
 from nanomagvlt.training import checkpoint
 from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.training.checkpoint import CheckpointError
-from nanomagvlt.config import Config, Parser, preset
+from nanomagvlt.config import Config, preset
+from nanomagvlt.training.cli import Parser
 from nanomagvlt.model import MAGVLT
 from nanomagvlt.tokenizers.vqgan import VQGAN
 
@@ -154,7 +155,7 @@ def transformer_sizes(state: dict[str, Tensor], codebook_size: int, heads: int =
     return dict(width=width, heads=heads or max(1, width // 128), text_vocab=rows - codebook_size,
                 layers=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
                 text_length=state["pos_emb_txt.pos_embed"].shape[0],
-                length_places=min(16, state["pos_emb_txt.pos_embed"].shape[0]))
+                length_positions=min(16, state["pos_emb_txt.pos_embed"].shape[0]))
 
 
 def release_bpe(path: str | Path, cfg: Config) -> BPE:
@@ -173,7 +174,7 @@ def load_vqgan(path: str | Path, sha256: str = "") -> VQGAN:
     state = {name: tensor for name, tensor in read_state_dict(path, sha256).items() if not name.startswith("loss.")}
     within = {name.removeprefix("model_vqvae."): t for name, t in state.items() if name.startswith("model_vqvae.")}
     state = within or state
-    return checkpoint.filled(VQGAN, _config(path, vqgan_sizes, state), state, path)
+    return checkpoint.load_strict(VQGAN, _config(path, vqgan_sizes, state), state, path)
 
 
 def load_magvlt(path: str | Path, heads: int = 0, sha256: str = "") -> tuple[MAGVLT, VQGAN]:
@@ -188,8 +189,8 @@ def load_magvlt(path: str | Path, heads: int = 0, sha256: str = "") -> tuple[MAG
         vq = vqgan_sizes(vq_state, theirs["pos_emb_img.pos_embed"].shape[0])
         return {**vq, **transformer_sizes(theirs, vq["codebook_size"], heads)}
     cfg = _config(path, sizes, theirs, vq_state)
-    return (checkpoint.filled(MAGVLT, cfg, to_ours(theirs, cfg.layers, path), path),
-            checkpoint.filled(VQGAN, cfg, vq_state, path))
+    return (checkpoint.load_strict(MAGVLT, cfg, to_ours(theirs, cfg.layers, path), path),
+            checkpoint.load_strict(VQGAN, cfg, vq_state, path))
 
 
 def to_ours(theirs: dict[str, Tensor], layers: int, path: str | Path = "checkpoint") -> dict[str, Tensor]:

@@ -22,13 +22,13 @@ from nanomagvlt.data.cache import Pair, rows_of_step, to_images, to_pixels
 from nanomagvlt.training.loop import BAR, Interrupt, Log, Stopped, learning_rate, optimizer_for
 from nanomagvlt.model import num_parameters
 from nanomagvlt.tokenizers.vqgan import VQGAN, Codebook, codebook_use
-from nanomagvlt.tokenizers.vqgan_loss import Critic, Perceptual, adversary_share, critic_loss, painter_loss
+from nanomagvlt.tokenizers.vqgan_loss import Discriminator, Perceptual, adversary_share, discriminator_loss, generator_loss
 
 
 def train_vqgan(cfg: Config, pairs: Iterable[Pair], path: Path, device: torch.device) -> VQGAN:
     """The image tokenizer, trained on the images of the training pairs; goes on where path stopped."""
     torch.manual_seed(keyed_seed(cfg.seed, "vqgan weights"))
-    players, step = Players(cfg, device), 0
+    players, step = VQGANTrainer(cfg, device), 0
     if path.exists():
         step = players.load(checkpoint.load(path, "vqgan"))
     model = players.vqgan
@@ -68,7 +68,7 @@ def vqgan_images(cfg: Config, pairs: Iterable[Pair]) -> np.ndarray:
     return np.stack([pair.image for pair in pairs] + joined)
 
 
-class Players:
+class VQGANTrainer:
     """The VQ-GAN in training, with its codebook, its judges and their optimisers; critic and perceptual may be None."""
 
     def __init__(self, cfg: Config, device: torch.device):
@@ -76,7 +76,7 @@ class Players:
         self.codebook = Codebook(self.vqgan.quantize.embedding, cfg.vq_decay)
         self.optimizer = optimizer_for(self.vqgan, cfg, cfg.vq_lr)
         self.perceptual = Perceptual.load(cfg.vq_vgg, cfg.vq_lpips).to(device) if cfg.vq_vgg else None
-        self.critic = Critic(cfg.vq_critic_channels).to(device) if cfg.vq_critic else None
+        self.critic = Discriminator(cfg.vq_discriminator_channels).to(device) if cfg.vq_discriminator else None
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), betas=(0.5, 0.9)) if self.critic else None
 
     def parts(self) -> dict:
@@ -94,7 +94,7 @@ class Players:
         return content["step"]
 
 
-def update_vqgan(players: Players, cfg: Config, images: np.ndarray,
+def update_vqgan(players: VQGANTrainer, cfg: Config, images: np.ndarray,
                  step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """One update of the painter and, once it counts, of the critic (chapter 7): the loss terms, the codes (B, N).
 
@@ -114,20 +114,20 @@ def update_vqgan(players: Players, cfg: Config, images: np.ndarray,
     pixels = to_pixels(images[rows_of_step(step, cfg.vq_batch, len(images), cfg.seed)]).to(device)   # (B, 3, S, S)
     lr = learning_rate(step, cfg.vq_lr, 50, cfg.vq_steps)
     reconstruction, commitment, z, codes = model(pixels, quantise)
-    share = adversary_share(step, cfg.vq_critic_start, cfg.vq_critic_ramp)
-    loss, terms = painter_loss(pixels, reconstruction, model.decoder.conv_out.weight, players.critic,
+    share = adversary_share(step, cfg.vq_discriminator_start, cfg.vq_discriminator_ramp)
+    loss, terms = generator_loss(pixels, reconstruction, model.decoder.conv_out.weight, players.critic,
                                players.perceptual, share)
-    follow(players.optimizer, loss + cfg.vq_commitment * commitment, lr)
+    optimizer_step(players.optimizer, loss + cfg.vq_commitment * commitment, lr)
     if quantise:
         codebook.update(as_rows(z.detach()), codes.flatten(), keyed_generator(cfg.seed, "codebook", step))
     if players.critic and share > 0:
-        loss, more = critic_loss(players.critic, pixels, reconstruction)
-        follow(players.critic_optimizer, loss, lr / 4)  # a quarter of the painter's rate: a guess, not tuned
+        loss, more = discriminator_loss(players.critic, pixels, reconstruction)
+        optimizer_step(players.critic_optimizer, loss, lr / 4)  # a quarter of the painter's rate: a guess, not tuned
         terms |= more
     return {**terms, "commitment": commitment.detach()}, codes
 
 
-def follow(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> None:
+def optimizer_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> None:
     """One step down the loss. Raises ValueError, before anything is changed, where the gradient is not finite."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -23,7 +23,7 @@ from nanomagvlt.data.cache import TokenCache, make_batch, rows_of_step
 from nanomagvlt.training.loop import learning_rate
 from nanomagvlt.model import MAGVLT, operations
 from nanomagvlt.sequence import TASKS
-from nanomagvlt.evaluation.speed import matrix_rate
+from nanomagvlt.evaluation.speed import matmul_flops
 
 
 def method_of(cfg: Config):
@@ -61,7 +61,7 @@ class Parts:
     def make(self, step: int) -> list[tuple[slice, dict[str, torch.Tensor]]]:
         cfg, size = self.cfg, self.cfg.micro_batch or self.cfg.batch_size
         rows = rows_of_step(step, cfg.batch_size, len(self.cache), cfg.seed)                         # (B,)
-        parts = [slice(i, i + size) for i in range(0, cfg.batch_size, size)][distributed.rank()::distributed.world()]
+        parts = [slice(i, i + size) for i in range(0, cfg.batch_size, size)][distributed.rank()::distributed.world_size()]
         batches = [make_batch(self.cache, self.bpe, rows[part], cfg, cfg.bpe_dropout,
                               (cfg.seed, "bpe dropout", step, part.start)) for part in parts]
         if self.device.type == "cuda":  # from pinned memory they are copied while the GPU works
@@ -80,12 +80,12 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, p
     mine = [(part, batch, partial(batch_uniform, device, cfg.batch_size, part, cfg.seed, step))
             for part, batch in parts.of_step(step)]
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, cfg.lr, cfg.warmup, cfg.steps, cfg.lr_fall)
+        group["lr"] = learning_rate(step, cfg.lr, cfg.warmup, cfg.steps, cfg.decay_fraction)
     counts = None
-    if len(mine) * distributed.world() > 1:  # the means are over what all parts score
+    if len(mine) * distributed.world_size() > 1:  # the means are over what all parts score
         each = [method.num_scored(task, batch, uniform, cfg) for _, batch, uniform in mine]
         counts = {name: sum(count[name] for count in each) for name in each[0]}
-        distributed.add_up(list(counts.values()))
+        distributed.all_reduce_sum(list(counts.values()))
 
     optimizer.zero_grad()
     terms = {}
@@ -95,7 +95,7 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, p
             method.total_loss(task, cfg, **of_a_pass).backward()  # part by part of the sum: one graph lives at a time
             for name, term in of_a_pass.items():
                 terms[name] = terms.get(name, 0.0) + term.detach()
-    distributed.add_up([p.grad for p in model.parameters() if p.grad is not None] + list(terms.values()))
+    distributed.all_reduce_sum([p.grad for p in model.parameters() if p.grad is not None] + list(terms.values()))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()  # the one wait for the device
     if math.isfinite(norm):
         optimizer.step()
@@ -103,7 +103,7 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, p
 
 
 @torch.no_grad()
-def average(averaged: MAGVLT, model: MAGVLT, decay: float) -> None:
+def update_ema(averaged: MAGVLT, model: MAGVLT, decay: float) -> None:
     """averaged = decay x averaged + (1 - decay) x model, weight by weight."""
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
@@ -124,7 +124,7 @@ def operations_of_update(cfg: Config, task: str, num_text: int) -> int:
         joined = min(cfg.text_length, 2 * (num_text - 1) + cfg.mixsel_separators + 1)
         forward += a_pass(num_text if task == "i2t" else joined)
     if cfg.length_pass == "own" and cfg.model == "magvlt" and task != "t2i":
-        forward += a_pass(cfg.length_places, scores=False)
+        forward += a_pass(cfg.length_positions, scores=False)
     return 3 * forward  # backward costs twice the forward pass
 
 
@@ -133,7 +133,7 @@ class Meter:
 
     def __init__(self, cfg: Config, device: torch.device):
         self.cfg, self.device, self.recent = cfg, device, {}
-        self.matrix_rate = matrix_rate(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
+        self.matmul_flops = matmul_flops(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
         self.operations, self.pairs, self.seconds = 0, 0, 0.0
 
     def count(self, task: str, num_texts: list[int], seconds: float) -> None:
@@ -149,7 +149,7 @@ class Meter:
         rate = self.operations / seconds
         self.recent[task] = f"{task} " + " ".join(f"{value:.3f}" for value in values.values())
         text = (f"{', '.join(sorted(self.recent.values()))}, {self.pairs / seconds:.0f} samples/s, "
-                f"{rate / 1e12:.3g} TFLOP/s, {rate / self.matrix_rate:.0%} of what matrices reach here")
+                f"{rate / 1e12:.3g} TFLOP/s, {rate / self.matmul_flops:.0%} of what matrices reach here")
         if self.device.type == "cuda":
             text += f", {torch.cuda.max_memory_allocated(self.device) / 2 ** 30:.1f} GiB"
         self.operations, self.pairs, self.seconds = 0, 0, 0.0

@@ -240,13 +240,13 @@ def test_argvlts_are_measured_too(protocol):
 def test_the_authors_files_are_measured_as_they_are():
     """Their models have learnt cleaned captions: lower case, no - and no leading marks."""
     torch.manual_seed(0)
-    cfg = preset("base", image_size=16, text_length=60, length_places=16, text_vocab=518, codebook_size=20,
+    cfg = preset("base", image_size=16, text_length=60, length_positions=16, text_vocab=518, codebook_size=20,
                  codebook_dim=8, vq_channels=32, vq_multipliers=(1, 2, 2), vq_res_blocks=1, vq_attention=(4, 8),
                  vq_latent=16, layers=1, width=24, heads=1)
     torch.save({"state_dict": in_their_layout(MAGVLT(cfg), VQGAN(cfg))}, "a.ckpt")
     BPE.train(["aaaa bbbb"], 4).save("four.txt")
     for protocol in ("t2i", "infill"):
-        argv = coco(protocol, protocol, "--checkpoint", str(Path("a.ckpt").absolute()), "--num", "13")
+        argv = command(protocol, protocol, "--checkpoint", str(Path("a.ckpt").absolute()), "--num", "13")
         eval.main([word.replace("bpe.txt", "four.txt") for word in argv])
     assert "10 steps" in result("t2i")["protocol"] and "12 steps" in result("infill")["protocol"]
     bpe = BPE.load("four.txt", words="release")

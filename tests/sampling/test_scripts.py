@@ -300,7 +300,7 @@ def test_eval_bpe_compares_with_clips_algorithm(capsys):
 def published_file(tmp_path_factory) -> bytes:
     """A file as the authors' are, but small; its text vocabulary is that of four merges."""
     torch.manual_seed(0)
-    cfg = preset("base", image_size=16, text_length=5, length_places=5, text_vocab=518, codebook_size=20,
+    cfg = preset("base", image_size=16, text_length=5, length_positions=5, text_vocab=518, codebook_size=20,
                  codebook_dim=8, vq_channels=32, vq_multipliers=(1, 2, 2), vq_res_blocks=1, vq_attention=(4, 8),
                  vq_latent=16, layers=1, width=24, heads=3)
     path = tmp_path_factory.mktemp("published") / "a.ckpt"

@@ -3,24 +3,24 @@ import pytest
 import torch
 
 from nanomagvlt.tokenizers.vqgan import VQGAN
-from nanomagvlt.tokenizers.vqgan_loss import Critic, Perceptual, adaptive_weight, adversary_share, critic_loss, painter_loss
+from nanomagvlt.tokenizers.vqgan_loss import Discriminator, Perceptual, adaptive_weight, adversary_share, discriminator_loss, generator_loss
 
 
 @pytest.fixture
 def players(cfg):
     torch.manual_seed(0)
     cfg.image_size = 32
-    return VQGAN(cfg), Critic(8), torch.rand(4, 3, 32, 32) * 2 - 1
+    return VQGAN(cfg), Discriminator(8), torch.rand(4, 3, 32, 32) * 2 - 1
 
 
 def test_neither_player_leaves_a_gradient_in_the_other(players):
     vqgan, critic, pixels = players
     reconstruction = vqgan(pixels)[0]
-    painter_loss(pixels, reconstruction, vqgan.decoder.conv_out.weight, critic, share=1.0)[0].backward()
+    generator_loss(pixels, reconstruction, vqgan.decoder.conv_out.weight, critic, share=1.0)[0].backward()
     assert all(p.grad is None and p.requires_grad for p in critic.parameters())
     assert any(p.grad is not None for p in vqgan.parameters())
     vqgan.zero_grad()
-    critic_loss(critic, pixels, reconstruction)[0].backward()
+    discriminator_loss(critic, pixels, reconstruction)[0].backward()
     assert all(p.grad is None for p in vqgan.parameters())
     assert all(p.grad is not None for p in critic.parameters())
 
@@ -31,8 +31,8 @@ def test_the_critic_pleases_and_is_pleased():
         def forward(self, pixels):
             return pixels
     good, bad = torch.full((2, 3, 4, 4), 1.5), torch.full((2, 3, 4, 4), -2.0)
-    assert critic_loss(Says(), good, bad)[0] == 0
-    assert critic_loss(Says(), bad, good)[0] == (3.0 + 2.5) / 2
+    assert discriminator_loss(Says(), good, bad)[0] == 0
+    assert discriminator_loss(Says(), bad, good)[0] == (3.0 + 2.5) / 2
 
 
 def test_adaptive_weight_balances_the_pull_and_is_clamped():

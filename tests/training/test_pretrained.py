@@ -14,7 +14,7 @@ from nanomagvlt.config import preset
 from nanomagvlt.model import MAGVLT, num_parameters
 from nanomagvlt.tokenizers.vqgan import VQGAN
 
-SIZES = dict(image_size=16, text_length=5, length_places=5, text_vocab=30, codebook_size=20, codebook_dim=8,
+SIZES = dict(image_size=16, text_length=5, length_positions=5, text_vocab=30, codebook_size=20, codebook_dim=8,
              vq_channels=32, vq_multipliers=(1, 2, 2), vq_res_blocks=1, vq_attention=(4, 8), vq_latent=16, layers=3,
              width=24, heads=3)
 
@@ -48,7 +48,7 @@ def test_logits_are_those_of_the_authors_code(task, select, golden, loaded):
     seq = sequence.build(task.removesuffix("-mask"), model.cfg, gold["image_tokens"], case["image_mask"],
                          gold["text_tokens"], case["text_mask"], lengths, selector)
     states = model(seq)
-    real = sequence.real_places(lengths, model.cfg.text_length)
+    real = sequence.valid_mask(lengths, model.cfg.text_length)
     assert (model.image_logits(states, seq.layout) - case["image_logits"]).abs().max() < 1e-5
     assert (model.text_logits(states, seq.layout) - case["text_logits"])[real].abs().max() < 1e-5
     if case["length_logits"] is not None:

@@ -157,7 +157,7 @@ def test_one_process_that_fails_ends_all_and_says_why(rank, tmp_path, monkeypatc
 def test_two_processes_rehearse_together(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29_500 + os.getpid() % 500),
-               str(ROOT / "train.py"), *SMALL, "--micro-batch", "2", "--rehearse", "1"]
+               str(ROOT / "train.py"), *SMALL, "--micro-batch", "2", "--benchmark", "1"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and done.stdout.count("what takes the time in") == 1 and not list(tmp_path.iterdir())
 

@@ -78,7 +78,7 @@ def test_a_run_leaves_what_the_readme_says(straight):
 
 def test_the_critic_is_trained_and_resumed_with_the_rest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = "--stage vqgan --vq-critic true --vq-critic-channels 4 --vq-critic-start 3 --vq-critic-ramp 2".split()
+    flags = "--stage vqgan --vq-discriminator true --vq-discriminator-channels 4 --vq-discriminator-start 3 --vq-discriminator-ramp 2".split()
     whole = content(run(*flags, "--name", "a").parent / "a")
     original = train_vqgan.update_vqgan
 
@@ -208,7 +208,7 @@ def test_what_samples_is_the_moving_average_of_what_is_trained(straight, cfg, mo
         for p in model.parameters():
             p += 1.0
     before = {name: p.clone() for name, p in averaged.named_parameters()}
-    train.average(averaged, model, 0.75)
+    train.update_ema(averaged, model, 0.75)
     assert all(torch.allclose(p, before[name] + 0.25) for name, p in averaged.named_parameters())
     saved = straight["last.pt"]
     assert saved["model"].keys() == saved["trained"].keys() and not equal(saved["model"], saved["trained"])
@@ -252,17 +252,17 @@ def test_a_vqgan_that_diverges_says_so_and_changes_nothing(start, tmp_path, monk
 
 def test_a_folder_in_which_nothing_was_done_may_be_begun_anew(tmp_path):
     run = tmp_path / "x"
-    train.settle(preset("micro", data="shapes:typo"), run)
-    train.settle(preset("micro"), run)
+    train.check_run_config(preset("micro", data="shapes:typo"), run)
+    train.check_run_config(preset("micro"), run)
     (run / "vqgan.pt").touch()
     with pytest.raises(ValueError, match="was begun with width = 128, now it is 64"):
-        train.settle(preset("micro", width=64), run)
+        train.check_run_config(preset("micro", width=64), run)
     kept = json.loads((run / "config.json").read_text())
     del kept["it2it_ratio"]  # begun before there was such a setting: it was what is now the default
     (run / "config.json").write_text(json.dumps(kept))
     with pytest.raises(ValueError, match="was begun with it2it_ratio = opposite, now it is same"):
-        train.settle(preset("micro", it2it_ratio="same"), run)
-    train.settle(preset("micro"), run)
+        train.check_run_config(preset("micro", it2it_ratio="same"), run)
+    train.check_run_config(preset("micro"), run)
 
 
 def test_updates_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_run(straight, tmp_path, monkeypatch,
@@ -316,7 +316,7 @@ def test_a_dry_run_says_what_it_costs_and_does_nothing(tmp_path, monkeypatch, ca
 def test_a_rehearsal_measures_updates_and_keeps_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main(["--preset", "tiny", "--layers", "1", "--width", "16", "--heads", "2", "--batch-size", "4",
-                "--micro-batch", "2", "--rehearse", "1"])
+                "--micro-batch", "2", "--benchmark", "1"])
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split() for line in lines if line.startswith(("t2i", "i2t", "it2it"))}
     assert all(float(seconds) * float(a_second) == pytest.approx(4, rel=0.02)
@@ -324,7 +324,7 @@ def test_a_rehearsal_measures_updates_and_keeps_nothing(tmp_path, monkeypatch, c
     rows = lines[lines.index(next(line for line in lines if line.startswith("share"))) + 1:]
     assert len(rows) == 12 and all(float(row.split("%")[0]) > 0 for row in rows) and not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
-        train.main(["--preset", "tiny", "--rehearse", "0"])
+        train.main(["--preset", "tiny", "--benchmark", "0"])
 
 
 def test_made_up_pairs_fill_all_places():

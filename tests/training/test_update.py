@@ -93,7 +93,7 @@ def test_one_two_and_four_processes_do_the_same(processes, tmp_path):
     """All tasks, UnrollMask, MixSel, BPE dropout, unequal numbers of masked places; then a NaN in one of them."""
     code = f"import test_update; from pathlib import Path; test_update.shared(Path({str(tmp_path)!r}))"
     (tmp_path / "go.py").write_text(code)
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / "tests" / "training"}", "OMP_NUM_THREADS": "1", "BREAK": "1"}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'training'}", "OMP_NUM_THREADS": "1", "BREAK": "1"}
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
                     str(29_500 + processes + os.getpid() % 1000), str(tmp_path / "go.py")], env=env, check=True,
                    capture_output=True, timeout=300)
