@@ -1,12 +1,12 @@
 """Trains a MAGVLT: python train.py --preset tiny
 
-Every stage that is missing is done, every stage that is there is reused, and each says which:
+Four stages. A stage whose result is there is reused, and the output says so:
   vqgan    the image tokenizer                       -> runs/NAME/vqgan.pt
   cache    the pairs as tokens                       -> runs/NAME/cache/
   bpe      the captions' byte-pair merges            -> runs/NAME/bpe.txt
   model    the transformer                           -> runs/NAME/last.pt, best.pt, log.jsonl, samples/
-Ctrl-C (or SIGTERM) saves and stops; the same command goes on from there, on a CPU bit
-for bit as if it had not stopped.
+Ctrl-C (or SIGTERM) saves and stops. The same command goes on from there: on a CPU the result is the same, bit for bit,
+as without the stop.
 """
 import contextlib
 import copy
@@ -25,24 +25,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, as_json
 from nanomagvlt.data import shapes
-from nanomagvlt.evaluation import small_world
-from nanomagvlt.training import checkpoint, distributed
-from nanomagvlt.tokenizers.bpe import BPE
-from nanomagvlt.training.cost import benchmark, report
-from nanomagvlt.rng import batch_uniform, keyed_generator, keyed_seed
-from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config
-from nanomagvlt.training.cli import Parser, add_config_flags, config_from_args
 from nanomagvlt.data.cache import TokenCache, make_batch, rows_of_step, write_cache
+from nanomagvlt.data.sources import left_out, read_pairs
+from nanomagvlt.evaluation import small_world
 from nanomagvlt.io import first_line, write_json
-from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, pick_device
-from nanomagvlt.training.loop import BAR, Clock, Finite, Interrupt, Log, Stopped, optimizer_for
 from nanomagvlt.model import MAGVLT, num_parameters
-from nanomagvlt.data.sources import DataError, left_out, read_pairs
-from nanomagvlt.sequence import TASKS
-from nanomagvlt.training.update import Meter, Parts, update_ema, compiled_pass, method_of, update_model
+from nanomagvlt.rng import batch_uniform, keyed_generator, keyed_seed
+from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, pick_device
+from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.tokenizers.vqgan import VQGAN
+from nanomagvlt.training import checkpoint, cost, distributed
+from nanomagvlt.training.cli import Parser, add_config_flags, config_from_args
+from nanomagvlt.training.distributed import print_rank0
+from nanomagvlt.training.loop import BAR, Clock, FiniteCheck, Interrupt, Log, Stopped, optimizer_for
 from nanomagvlt.training.train_vqgan import train_vqgan
+from nanomagvlt.training.update import Meter, Parts, compiled_score, method_of, update_ema, update_model
 
 REFERENCES = Path(__file__).parent / "data" / "results"
 STAGES = ("vqgan", "cache", "bpe", "model")
@@ -53,95 +52,37 @@ EXAMPLES = """examples:
 """
 
 
-# ---------------------------------------------------------------------------------------------- stages
-
-def source_of(cfg: Config, split: str) -> str:
-    """Where the pairs to train or to validate on are from; "" if there are none. Shapes hold some of theirs back."""
-    return cfg.data if split == "train" or shapes.level_of(cfg.data) and not cfg.val_data else cfg.val_data
-
-
-def pairs_of(cfg: Config, split: str, counts: Counter):
-    """The pairs to train or to validate on."""
-    return read_pairs(source_of(cfg, split), cfg.image_size, counts, cfg.pairs if split == "train" else 1000, split,
-                      cfg.seed)
-
-
-def get_vqgan(cfg: Config, run: Path, device: torch.device) -> VQGAN:
-    """The image tokenizer: given, found, or trained."""
-    path = Path(cfg.vqgan or run / "vqgan.pt")
-    if cfg.vqgan or path.exists() and checkpoint.load(path, "vqgan")["step"] == cfg.vq_steps:
-        print(f"vqgan: reusing {path}")
-        return checkpoint.load_vqgan(path).to(device)
-    return train_vqgan(cfg, pairs_of(cfg, "train", Counter()), path, device)
-
-
-def get_caches(cfg: Config, run: Path, vqgan: VQGAN) -> dict[str, TokenCache]:
-    """The token caches of the training and, if there are any, the validation pairs."""
-    caches, digest = {}, checkpoint.weight_hash(vqgan)
-    for split in ("train", "val"):
-        folder = Path(cfg.cache or run / "cache") / split
-        if (folder / "meta.json").exists():
-            caches[split] = TokenCache(folder)
-            print(f"cache: reusing {folder}, {len(caches[split]):,} pairs")
-        elif cfg.cache and split == "train":
-            raise DataError(f"{folder}: no token cache there; make it with data/prepare.py")
-        elif source_of(cfg, split):
-            counts = Counter()
-            pairs = tqdm(pairs_of(cfg, split, counts), desc=f"cache {split}", unit="pair", **BAR)
-            meta = {"vqgan": digest, "source": source_of(cfg, split)}
-            caches[split] = write_cache(folder, pairs, vqgan, meta, cfg.clean_captions)
-            print(f"cache: {len(caches[split]):,} pairs -> {folder}{left_out(counts)}")
-        if split in caches and caches[split].meta["vqgan"] != digest:
-            raise DataError(f"{folder} was made with another VQ-GAN: name the right one with --vqgan, or delete it")
-        if split in caches and caches[split].meta["clean_captions"] != cfg.clean_captions:
-            raise DataError(f"{folder} has captions {'as they are' if cfg.clean_captions else 'cleaned'}: give "
-                            f"--clean-captions {str(not cfg.clean_captions).lower()}, or make it again")
-    return caches
-
-
-def get_bpe(cfg: Config, run: Path, cache: TokenCache) -> BPE:
-    """The text tokenizer: given, found, or trained on the captions (chapter 8)."""
-    path = Path(cfg.bpe) if cfg.bpe else run / "bpe.txt"
-    if cfg.bpe or path.exists():
-        print(f"bpe: reusing {path}")
-        return BPE.load(path)
-    bpe = BPE.train((caption for i in range(len(cache)) for caption in cache.captions([i])), cfg.bpe_merges)
-    bpe.save(path)
-    print(f"bpe: {len(bpe.merges)} merges trained on {len(cache):,} captions -> {path}")
-    return bpe
-
-
 # ---------------------------------------------------------------------------------------------- the transformer
 
 def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline: Pipeline) -> None:
-    """The transformer, by eq. 6 (chapter 4). pipeline holds the untrained model and the two tokenizers.
+    """Trains the transformer by eq. 6 (chapter 4). pipeline holds the untrained model and the two tokenizers.
 
-    What is validated and sampled is a moving average of the weights, `averaged`; pipeline ends with it.
+    Validation and samples use a moving average of the weights, `averaged`, which is in the pipeline at the end.
     """
     model, bpe, device, is_first = pipeline.model, pipeline.bpe, pipeline.device, distributed.rank() == 0
     pipeline.model = averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = optimizer_for(model, cfg, cfg.lr)
     step, best, clock, is_finite = resume(run, model, averaged, optimizer)
     print_rank0(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, "
-        f"{cfg.steps:,} updates of {cfg.batch_size}" + (f", going on at step {step:,}" if step else ""))
+                f"{cfg.steps:,} updates of {cfg.batch_size}" + (f", going on at step {step:,}" if step else ""))
 
-    def save(name):
+    def save(name: str) -> None:
         checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, model=averaged.state_dict(),
                         vqgan=pipeline.vqgan.state_dict(), bpe=bpe.to_text(), trained=model.state_dict(),
                         optimizer=optimizer.state_dict(), skipped=[is_finite.skipped, is_finite.in_a_row],
                         **clock.read())
 
-    parts, meter, one_pass = Parts(cfg, caches["train"], bpe, device), Meter(cfg, device), compiled_pass(cfg)
-    log, before = Log(run / "log.jsonl" if is_first else Path(os.devnull), step), reference_losses(cfg)
+    parts, meter, score = Parts(cfg, caches["train"], bpe, device), Meter(cfg, device), compiled_score(cfg)
+    log, reference = Log(run / "log.jsonl" if is_first else Path(os.devnull), step), reference_losses(cfg)
     with Interrupt(is_first) as stop, tqdm(total=cfg.steps, initial=step, desc="model", unit="step",
                                            disable=not is_first, **BAR) as bar:
         while step < cfg.steps:
-            with clock:  # of updates alone
-                task, terms, norm = update_model(model, optimizer, cfg, parts, one_pass, step)
+            with clock:  # counts updates only
+                task, terms, norm = update_model(model, optimizer, cfg, parts, score, step)
                 step += 1
-                if is_finite(norm, step):  # else nothing was changed
+                if is_finite(norm, step):
                     update_ema(averaged, model, min(cfg.ema, step / (step + 10)))
-            meter.count(task, parts.num_texts, clock.last)
+            meter.count(clock.last)
             bar.update()
             if step % cfg.log_every == 0:
                 values = {name: term.item() for name, term in terms.items()}
@@ -150,12 +91,12 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
                 bar.set_postfix_str(meter.read(task, values), refresh=False)
             is_last = step == cfg.steps
             if (step % cfg.eval_every == 0 or is_last) and "val" in caches and is_first:
-                losses = validate(averaged, cfg, caches["val"], bpe)
-                log.write(step=step, **clock.read(), **{f"val_{name}": value for name, value in losses.items()})
-                shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-                tqdm.write(f"step {step:,}: validation {shown}" + before.get(step, ""))
-                if losses[method_of(cfg).MAIN] < best:
-                    best = losses[method_of(cfg).MAIN]
+                val = validate(averaged, cfg, caches["val"], bpe)
+                log.write(step=step, **clock.read(), **{f"val_{name}": value for name, value in val.items()})
+                shown = ", ".join(f"{name} {value:.3f}" for name, value in val.items())
+                tqdm.write(f"step {step:,}: validation {shown}" + reference.get(step, ""))
+                if val[method_of(cfg).MAIN] < best:
+                    best = val[method_of(cfg).MAIN]
                     save("best.pt")
             if (step % cfg.sample_every == 0 or is_last) and is_first:
                 save_samples(pipeline, caches.get("val", caches["train"]), run / "samples" / f"{step:06d}.png")
@@ -163,57 +104,59 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
             if (step % cfg.save_every == 0 or is_last or stops) and is_first:
                 save("last.pt")
             if stops and not is_last:
-                distributed.barrier()  # the first has saved: one that is gone earlier would be missed, and all be killed
+                distributed.barrier()  # torchrun kills the first process, in its save, if another one ends earlier
                 raise Stopped(f"{run / 'last.pt'} at step {step:,}")
 
 
 def resume(run: Path, model: MAGVLT, averaged: MAGVLT,
-           optimizer: torch.optim.Optimizer) -> tuple[int, float, Clock, Finite]:
-    """Takes everything up from last.pt, if there is one: its step, the best validation loss, the time that updates
-    took, and who counts those that are not finite."""
-    if not (run / "last.pt").exists():
-        return 0, math.inf, Clock(), Finite(run)
-    state = checkpoint.load(run / "last.pt", "magvlt")
+           optimizer: torch.optim.Optimizer) -> tuple[int, float, Clock, FiniteCheck]:
+    """Restores everything from last.pt, if there is one: its step, the best validation loss, the clock, the check.
+
+    Raises ValueError for a file without training state, or of another model."""
+    path = run / "last.pt"
+    if not path.exists():
+        return 0, math.inf, Clock(), FiniteCheck(run)
+    state = checkpoint.load(path, "magvlt")
     if missing := {"trained", "optimizer", "step", "best", "seconds", "cpu_seconds", "skipped"} - state.keys():
-        raise checkpoint.CheckpointError(f"{run / 'last.pt'}: without {min(missing)} training cannot go on from it: "
-                                         "take another --name")
-    model.load_state_dict(state["trained"])
-    averaged.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["best"], Clock(state["seconds"], state["cpu_seconds"]), Finite(run, *state["skipped"])
-
-
-def reference_losses(cfg: Config) -> dict[int, str]:
-    """What the run in data/results that had these settings, the seed aside, says of its validations: by step."""
-    may_differ, said = {*MAY_CHANGE, "seed", "text_vocab"} - {"steps"}, {}
-    for path in REFERENCES.glob("*/config.json"):
-        theirs = with_defaults(json.loads(path.read_text()))
-        if all(value == theirs[name] or name in may_differ for name, value in as_json(cfg).items()):
-            records = map(json.loads, (path.parent / "log.jsonl").read_text().splitlines())
-            said |= {record["step"]: f" (mask {record['val_mask']:.3f} in data/results/{path.parent.name})"
-                     for record in records if "val_mask" in record}
-    return said
+        raise ValueError(f"{path}: training cannot go on without its {min(missing)}: take another --name")
+    try:
+        model.load_state_dict(state["trained"])
+        averaged.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError):
+        raise ValueError(f"{path}: is of a model of other sizes: take another --name") from None
+    return state["step"], state["best"], Clock(state["seconds"], state["cpu_seconds"]), FiniteCheck(run,
+                                                                                                    *state["skipped"])
 
 
 @torch.no_grad()
 def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[str, float]:
-    """Mean loss terms of each task on up to 512 unseen pairs, always the same with the same masks; the method's main
-    term, "mask" or "generated", is also added up over the tasks, by their weights."""
+    """Mean loss terms of each task on up to 512 unseen pairs, always with the same masks. The main term ("mask", or
+    "generated" of ARGVLT) is also averaged over the tasks, by their weights."""
     method, size = method_of(cfg), min(64, len(cache))
     sums, batches = defaultdict(float), min(8, len(cache) // size)
     for i in range(batches):
-        rows = rows_of_step(i, size, len(cache), cfg.seed)
-        batch = make_batch(cache, bpe, rows, cfg)
+        batch = make_batch(cache, bpe, rows_of_step(i, size, len(cache), cfg.seed), cfg)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        uniform = partial(batch_uniform, model.device, size, slice(size), cfg.seed, f"val {i}")
-        for task, weight in zip(TASKS, cfg.task_weights):
-            if weight:
-                passes = method.loss_terms(model, task, batch, uniform)
-                for name, term in ((name, term) for terms in passes for name, term in terms.items()):
-                    sums[task if name == method.MAIN else f"{task}_{name}"] += term.item() / batches
-                    if name == method.MAIN:
-                        sums[name] += term.item() / batches * weight / sum(cfg.task_weights)
+        rng = partial(batch_uniform, model.device, size, slice(size), cfg.seed, f"val {i}")
+        for task, share in cfg.tasks.items():
+            for name, term in method.losses(model, task, batch, rng)[1].items():
+                sums[task if name == method.MAIN else f"{task}_{name}"] += term.item() / batches
+                if name == method.MAIN:
+                    sums[name] += term.item() / batches * share
     return dict(sums)
+
+
+def reference_losses(cfg: Config) -> dict[int, str]:
+    """For each validation step, a note with the loss of the run in data/results that has the same settings, if any."""
+    may_differ, notes = {*MAY_CHANGE, "seed", "text_vocab"} - {"steps"}, {}
+    for path in REFERENCES.glob("*/config.json"):
+        theirs = with_defaults(path)
+        if all(value == theirs[name] or name in may_differ for name, value in as_json(cfg).items()):
+            records = map(json.loads, (path.parent / "log.jsonl").read_text().splitlines())
+            notes |= {record["step"]: f" (mask {record['val_mask']:.3f} in data/results/{path.parent.name})"
+                      for record in records if "val_mask" in record}
+    return notes
 
 
 def save_samples(pipeline: Pipeline, cache: TokenCache, path: Path) -> None:
@@ -228,139 +171,70 @@ def save_samples(pipeline: Pipeline, cache: TokenCache, path: Path) -> None:
     contact_sheet(images, [f"asked: {c}" for c in captions] + [f"wrote: {c}" for c in written], columns=8).save(path)
 
 
-# ---------------------------------------------------------------------------------------------- from the command line
+# ---------------------------------------------------------------------------------------------- tokenizers and cache
 
-def with_tokenizers(args) -> None:
-    """Adds to the flags what a given VQ-GAN and given merges fix. Raises ValueError where a flag says otherwise."""
-    given = vars(args)  # flags alone: what is not said is not there
-    if given.get("vqgan"):
-        theirs = checkpoint.load(args.vqgan, "vqgan")["config"]
-        for name in VQGAN_FIELDS:
-            if given.setdefault(name, getattr(theirs, name)) != getattr(theirs, name):
-                raise ValueError(f"--{name.replace('_', '-')} {given[name]}, but {args.vqgan} has "
-                                 f"{getattr(theirs, name)}: leave the flag out")
-    if given.get("bpe"):  # else the most there can be
-        args.text_vocab = BPE.load(args.bpe).vocab_size
+def source_of(cfg: Config, split: str) -> str:
+    """The source of the pairs to train or to validate on; "" if there is none. Shapes hold some of theirs back."""
+    return cfg.data if split == "train" or shapes.level_of(cfg.data) and not cfg.val_data else cfg.val_data
 
 
-def as_json(cfg: Config) -> dict:
-    """Its settings as a config.json gives them back: tuples are lists there."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+def pairs_of(cfg: Config, split: str, counts: Counter):
+    """The pairs to train or to validate on."""
+    return read_pairs(source_of(cfg, split), cfg.image_size, counts, cfg.pairs if split == "train" else 1000, split,
+                      cfg.seed)
 
 
-def with_defaults(settings: dict) -> dict:
-    """A run's settings, as its config.json has them, and the defaults of what could not be chosen when it began."""
-    return as_json(Config()) | settings
+def get_vqgan(cfg: Config, run: Path, device: torch.device) -> VQGAN:
+    """The image tokenizer: given, found in the run's folder, or trained."""
+    path = Path(cfg.vqgan or run / "vqgan.pt")
+    if cfg.vqgan or path.exists() and checkpoint.load(path, "vqgan").get("step") == cfg.vq_steps:
+        vqgan = checkpoint.load_vqgan(path)
+        if differing := [name for name in VQGAN_FIELDS if getattr(vqgan.cfg, name) != getattr(cfg, name)]:
+            raise ValueError(f"{path}: its {differing[0]} differs: give it with --vqgan, or take another --name")
+        print(f"vqgan: reusing {path}")
+        return vqgan.to(device)
+    return train_vqgan(cfg, pairs_of(cfg, "train", Counter()), path, device)
 
 
-def check_run_config(cfg: Config, run: Path) -> None:
-    """Makes the run's folder, or checks that the one there was begun with the same settings. Raises DataError."""
-    path, settings = run / "config.json", as_json(cfg)
-    if path.exists():
-        before = with_defaults(json.loads(path.read_text()))
-        changed = [name for name in settings if settings[name] != before[name] and name not in MAY_CHANGE]
-        if changed and any(file != path for file in run.iterdir()):  # else nothing was done there yet
-            name = changed[0]
-            raise DataError(f"{run} was begun with {name} = {before[name]}, now it is {settings[name]}: "
-                            "take another --name, or delete the folder")
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+def get_caches(cfg: Config, run: Path, vqgan: VQGAN) -> dict[str, TokenCache]:
+    """The token caches of the training pairs and, if there are any, of the validation pairs."""
+    caches, weights = {}, checkpoint.weight_hash(vqgan)
+    for split in ("train", "val"):
+        folder = Path(cfg.cache or run / "cache") / split
+        if (folder / "meta.json").exists():
+            caches[split] = TokenCache(folder)
+            print(f"cache: reusing {folder}, {len(caches[split]):,} pairs")
+        elif cfg.cache and split == "train":
+            raise ValueError(f"{folder}: no token cache there; make it with data/prepare.py")
+        elif source_of(cfg, split):
+            counts = Counter()
+            pairs = tqdm(pairs_of(cfg, split, counts), desc=f"cache {split}", unit="pair", **BAR)
+            meta = {"vqgan": weights, "source": source_of(cfg, split)}
+            caches[split] = write_cache(folder, pairs, vqgan, meta, cfg.clean_captions)
+            print(f"cache: {len(caches[split]):,} pairs -> {folder}{left_out(counts)}")
+        for name, expected, flag in (("vqgan", weights, "--vqgan"),
+                                     ("clean_captions", cfg.clean_captions, "--clean-captions")):
+            if split in caches and caches[split].meta.get(name) != expected:
+                raise ValueError(f"{folder}: made with another {name}: give the right {flag}, or make it again")
+    return caches
 
 
-def print_rank0(line: str) -> None:
-    """Prints, if this is the first process."""
-    if distributed.rank() == 0:
-        print(line)
+def get_bpe(cfg: Config, run: Path, cache: TokenCache) -> BPE:
+    """The text tokenizer: given, found in the run's folder, or trained on the captions (chapter 9)."""
+    path = Path(cfg.bpe) if cfg.bpe else run / "bpe.txt"
+    if cfg.bpe or path.exists():
+        print(f"bpe: reusing {path}")
+        return BPE.load(path)
+    bpe = BPE.train((caption for i in range(len(cache)) for caption in cache.captions([i])), cfg.bpe_merges)
+    bpe.save(path)
+    print(f"bpe: {len(bpe.merges)} merges trained on {len(cache):,} captions -> {path}")
+    return bpe
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="train.py", description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("--name", help="the run: runs/NAME (default: the preset's name)")
-    parser.add_argument("--stage", choices=STAGES, default="model", help="stop after this stage (default: the last)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
-    parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and do nothing")
-    parser.add_argument("--benchmark", type=int, metavar="UPDATES", help="do so many updates of each task on "
-                        "made-up pairs, say how fast they are and where the time goes, and keep nothing")
-    add_config_flags(parser)
-    args = parser.parse(argv)
-    if args.benchmark is not None and args.benchmark < 1:
-        parser.error(f"--benchmark {args.benchmark}: must be at least 1")
-    run, device = Path("runs") / (args.name or args.preset), args.device
-    try:
-        with_tokenizers(args)
-        cfg = config_from_args(args)
-        if problem := missing_inputs(cfg, run, args):
-            raise ValueError(problem)
-        device = pick_device(distributed.local_device(args.device))
-        distributed.begin(device)
-        start(cfg, run, device, args)
-    except Stopped as what:
-        print_rank0(f"stopped: {what}; the same command goes on from there")
-        distributed.fail(130)  # not 0: `train.py && sample.py` is not to go on with half a model
-    except KeyboardInterrupt:  # between the training loops; what is unfinished there is done anew
-        exit_with_error("stopped; the same command goes on from the last finished stage", 130)
-    except torch.OutOfMemoryError as error:
-        exit_with_error(f"out of memory on {device}: try a smaller --micro-batch or, for the VQ-GAN, --vq-batch "
-                 f"({first_line(error)})")
-    except OSError as error:
-        exit_with_error(f"{error.filename or run}: {error.strerror or error}")
-    except ValueError as error:  # a DataError and a CheckpointError, too
-        exit_with_error(str(error))
-    except Exception:
-        traceback.print_exc()
-        distributed.fail(1)
-    distributed.end()
-
-
-def missing_inputs(cfg: Config, run: Path, args) -> str:
-    """What must be given besides, as one line; "" if nothing."""
-    if args.dry_run or args.benchmark:
-        return ""
-    if not cfg.data and not (cfg.cache and cfg.vqgan):
-        return f"preset {args.preset} names no pairs: give --data, or --cache and --vqgan (see data/README.md)"
-    for flag, given, file, wanted_in in (("--vqgan", cfg.vqgan, "vqgan.pt", STAGES[1:]),
-                                         ("--bpe", cfg.bpe, "bpe.txt", STAGES[2:])):
-        if args.preset in ("base", "large") and args.stage in wanted_in and not (given or (run / file).exists()):
-            return (f"preset {args.preset} wants {flag}, a tokenizer that has been trained at its scale: "
-                    "see data/README.md")
-    return ""
-
-
-def start(cfg: Config, run: Path, device: torch.device, args) -> None:
-    """Looks whether the settings fit what there is, says what is to be done, and does it."""
-    num_parts, others = cfg.batch_size // (cfg.micro_batch or cfg.batch_size), distributed.world_size() - 1
-    if num_parts % distributed.world_size():
-        raise ValueError(f"{distributed.world_size()} processes cannot share batches of {num_parts} parts: batch_size / "
-                         "micro_batch must be a multiple of the processes")
-    with torch.device("meta"):
-        size = num_parameters(MAGVLT(cfg))
-    threads = torch.get_num_threads()
-    print_rank0(f"{device} ({threads} CPU thread{'s' * (threads > 1)}), {f'{others + 1} processes, ' * (others > 0)}"
-        f"preset {args.preset}, transformer of at most {size:,} parameters -> {run}/")
-    if args.dry_run:
-        print_rank0(report(cfg, device))
-    if args.benchmark:
-        for line in benchmark(cfg, device, args.benchmark):
-            print_rank0(line)
-    if args.dry_run or args.benchmark:
-        return
-    if distributed.rank() == 0:
-        check_run_config(cfg, run)
-    stages(cfg, run, device, args.stage)
-
-
-def exit_with_error(line: str, status: int = 2) -> None:
-    """Ends this process with one line. What goes wrong before all have met goes wrong in all: the first says it."""
-    if distributed.world_size() > 1 or distributed.rank() == 0:
-        who = f" (process {distributed.rank()})" if distributed.rank() else ""
-        print(f"train.py: {line}{who}", file=sys.stderr)
-    distributed.fail(status)
-
-
-def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
+def run_stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
     """All stages in order, up to the last one asked for."""
     started = time.monotonic()
-    if distributed.rank() > 0:  # the first process makes the tokenizers and the cache; then the others find them
+    if distributed.rank() > 0:  # the first process makes the tokenizers and the cache, and the others then find them
         distributed.barrier()
     with contextlib.redirect_stdout(None) if distributed.rank() > 0 else contextlib.nullcontext():
         vqgan = get_vqgan(cfg, run, device).eval().requires_grad_(False)
@@ -371,7 +245,7 @@ def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
     if last != "model":
         return
     cfg = dataclasses.replace(cfg, text_vocab=bpe.vocab_size)
-    torch.set_float32_matmul_precision("high")  # on GPUs; not before: tokens are found in full precision
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs; only now, since tokens need full precision
     torch.manual_seed(keyed_seed(cfg.seed, "weights"))
     pipeline = Pipeline(MAGVLT(cfg).to(device), vqgan, bpe, cfg)
     train_model(cfg, run, caches, pipeline)
@@ -385,6 +259,120 @@ def stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
         print(small_world.scene_table(results))
         write_json(run / "scenes.json", small_world.as_json(results))
     print('now try: python sample.py --prompt "..."')
+
+
+# ---------------------------------------------------------------------------------------------- before work begins
+
+def take_from_tokenizers(args) -> None:
+    """Adds the settings that a given VQ-GAN and given merges determine. Raises ValueError if a flag contradicts."""
+    given = vars(args)  # only flags that were given are in it
+    if given.get("vqgan"):
+        theirs = checkpoint.load(args.vqgan, "vqgan")["config"]
+        for name in VQGAN_FIELDS:
+            if given.setdefault(name, getattr(theirs, name)) != getattr(theirs, name):
+                raise ValueError(f"--{name.replace('_', '-')} {given[name]}, but {args.vqgan} has "
+                                 f"{getattr(theirs, name)}: leave the flag out")
+    if given.get("bpe"):
+        args.text_vocab = BPE.load(args.bpe).vocab_size
+
+
+def missing_inputs(cfg: Config, run: Path, args) -> str:
+    """What a run still needs, as one line; "" if nothing."""
+    if not cfg.data and not (cfg.cache and cfg.vqgan):
+        return f"preset {args.preset} has no data: give --data, or --cache and --vqgan (see data/README.md)"
+    for flag, given, file, stages in (("--vqgan", cfg.vqgan, "vqgan.pt", STAGES[1:]),
+                                      ("--bpe", cfg.bpe, "bpe.txt", STAGES[2:])):
+        if args.preset in ("base", "large") and args.stage in stages and not (given or (run / file).exists()):
+            return f"preset {args.preset} needs {flag}, a tokenizer trained at its scale: see data/README.md"
+    return ""
+
+
+def with_defaults(path: Path) -> dict:
+    """The settings in a config.json; a setting that did not exist when it was written has its default."""
+    return as_json(Config()) | json.loads(path.read_text())
+
+
+def check_run_config(cfg: Config, run: Path) -> None:
+    """Creates the run's folder, or checks that it was begun with the same settings. Raises ValueError."""
+    path, settings = run / "config.json", as_json(cfg)
+    if path.exists():
+        before = with_defaults(path)
+        changed = [name for name in settings if settings[name] != before[name] and name not in MAY_CHANGE]
+        if changed and any(file != path for file in run.iterdir()):  # else nothing was done there yet
+            name = changed[0]
+            raise ValueError(f"{run} was begun with {name} = {before[name]}, now it is {settings[name]}: "
+                             "take another --name, or delete the folder")
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+def start(cfg: Config, run: Path, device: torch.device, args) -> None:
+    """Checks that the settings fit the processes, prints the plan, and runs what was asked for."""
+    num_parts, processes = cfg.batch_size // (cfg.micro_batch or cfg.batch_size), distributed.world_size()
+    if num_parts % processes:
+        raise ValueError(f"{processes} processes cannot share batches of {num_parts} parts: batch_size / micro_batch "
+                         "must be a multiple of the number of processes")
+    with torch.device("meta"):
+        size = num_parameters(MAGVLT(cfg))
+    threads = torch.get_num_threads()
+    print_rank0(f"{device} ({threads} CPU thread{'s' * (threads > 1)}), {f'{processes} processes, ' * (processes > 1)}"
+                f"preset {args.preset}, transformer of at most {size:,} parameters -> {run}/")
+    if args.dry_run:
+        print_rank0(cost.report(cfg, device))
+    if args.benchmark:
+        for line in cost.benchmark(cfg, device, args.benchmark):
+            print_rank0(line)
+    if not (args.dry_run or args.benchmark):
+        if distributed.rank() == 0:
+            check_run_config(cfg, run)
+        run_stages(cfg, run, device, args.stage)
+
+
+def exit_with_error(line: str, status: int = 2) -> None:
+    """Ends this process with one line. An error before all processes have met is in all of them: the first prints it."""
+    if distributed.world_size() > 1 or distributed.rank() == 0:
+        process = f" (process {distributed.rank()})" if distributed.rank() else ""
+        print(f"train.py: {line}{process}", file=sys.stderr)
+    distributed.fail(status)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="train.py", description=__doc__, epilog=EXAMPLES)
+    parser.add_argument("--name", help="the run: runs/NAME (default: the preset's name)")
+    parser.add_argument("--stage", choices=STAGES, default="model", help="stop after this stage (default: the last)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
+    parser.add_argument("--dry-run", action="store_true", help="compute the cost of the run, and train nothing")
+    parser.add_argument("--benchmark", type=int, metavar="UPDATES", help="time so many updates of each task on "
+                        "random pairs, profile one, and keep nothing")
+    add_config_flags(parser)
+    args = parser.parse(argv)
+    if args.benchmark is not None and args.benchmark < 1:
+        parser.error(f"--benchmark {args.benchmark}: must be at least 1")
+    run, device = Path("runs") / (args.name or args.preset), args.device
+    try:
+        take_from_tokenizers(args)
+        cfg = config_from_args(args)
+        if not (args.dry_run or args.benchmark) and (problem := missing_inputs(cfg, run, args)):
+            raise ValueError(problem)
+        device = pick_device(distributed.local_device(args.device))
+        distributed.begin(device)
+        start(cfg, run, device, args)
+    except Stopped as where:
+        print_rank0(f"stopped: {where}; the same command goes on from there")
+        distributed.fail(130)  # not 0: `train.py && sample.py` must not go on with half a model
+    except KeyboardInterrupt:  # between the training loops: the unfinished stage starts again
+        exit_with_error("stopped; the same command goes on from the last finished stage", 130)
+    except torch.OutOfMemoryError as error:
+        exit_with_error(f"out of memory on {device}: try a smaller --micro-batch or, for the VQ-GAN, --vq-batch "
+                        f"({first_line(error)})")
+    except OSError as error:
+        exit_with_error(f"{error.filename or run}: {error.strerror or error}")
+    except ValueError as error:
+        exit_with_error(str(error))
+    except Exception:
+        traceback.print_exc()
+        distributed.fail(1)
+    distributed.end()
 
 
 if __name__ == "__main__":

@@ -1,116 +1,103 @@
-"""Chapter 9 - The counterpart: ARGVLT, the same transformer, but causal (section 4.1, appendix A).
+"""Chapter 6 - ARGVLT, the autoregressive counterpart: the same transformer, but causal (section 4.1, appendix A).
 
-What the paper compares MAGVLT with. The sequence is laid out the same way, nothing is masked, and every place sees only
-what stands before it: so it learns to say what comes next, and draws and writes one token after the other. t2i draws
-the image after the text, i2t writes the text after the image; there is no it2it, no length to be guessed (the end token
-is one of the tokens), and of an image that is partly given only what stands to the left can be seen.
+This is the model to which the paper compares MAGVLT. The sequence has the same layout, no token is masked, and each
+position attends only to itself and to the positions before it. The model learns to predict the next token, and
+generates one token after the other. There is no it2it, and no predicted length: the end token is one of the tokens. Of
+an image that is partly given, it can use only what stands before the token to generate.
 
-The state at a place guesses the token of the next place. So that the same heads can be used, states are moved one place
-to the right: next_states[j] is what the place before j says about j.
+The state at a position predicts the token of the next position. So that logits() can be used unchanged, next_states()
+moves all states one position to the right: next_states[j] is the state at j - 1, which predicts the token at j.
 
-Shapes: B batch, N image places, T text places, L sequence, V vocabulary, D width. Read on in shapes.py.
+losses() and generate() have the same signature as MAGVLT's, in objectives.py and decoding.py.
+Shapes: B batch, N image positions, T text positions, L sequence, V vocabulary, D width.
+Read on in tokenizers/vqgan.py.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from nanomagvlt import sequence
-from nanomagvlt.rng import random_rows
+from nanomagvlt.decoding import SamplingConfig
 from nanomagvlt.masking import sample
-from nanomagvlt.objectives import bfloat16_if_wanted, masked_cross_entropy
+from nanomagvlt.objectives import Batch, Terms, autocast, masked_cross_entropy
+from nanomagvlt.rng import Rng, random_rows
+from nanomagvlt.sequence import KIND, TASKS, Sequence, build
 
-MAIN = "generated"  # the term that validation adds up over the tasks
+MAIN = "generated"  # the term by which validations are compared
 
 
-def total_loss(task: str, cfg, generated: Tensor, condition: Tensor) -> Tensor:
-    """The loss over the whole sequence (appendix A): 0.9 on what is generated, 0.1 on the condition."""
+def total_loss(cfg, generated: Tensor, condition: Tensor) -> Tensor:
+    """The loss over the whole sequence (appendix A): 0.9 for the generated half, 0.1 for the given half."""
     return 0.9 * generated + 0.1 * condition
 
 
-def loss_terms(model, task: str, batch: dict[str, Tensor], uniform, counts: dict[str, Tensor] | None = None,
-               run: Callable | None = None) -> Iterator[dict[str, Tensor]]:
-    """The next-token cross entropies of the generated and of the given half, means over their real tokens.
-
-    As objectives.loss_terms(); `uniform` is not needed. Raises ValueError for it2it.
-    """
-    if task == "it2it":
-        raise ValueError("a causal model has no it2it: give task_weights with 0 as their last")
-    seq = whole_sequence(task, model.cfg, batch["image_tokens"], batch["text_tokens"], batch["text_lengths"])
-    image, text = (run or one_pass)(model, seq, batch, counts["text"] if counts else None,
-                                    counts["image"] if counts else None)
-    yield {"generated": image, "condition": text} if task == "t2i" else {"generated": text, "condition": image}
+def losses(model, task: str, batch: Batch, rng: Rng, run: Callable | None = None) -> tuple[Tensor, Terms]:
+    """The loss of one batch of one task, and its two terms. rng is not needed: nothing is masked."""
+    terms, _ = (run or run_pass)(model, "", build(task, model.cfg, batch), batch)
+    return total_loss(model.cfg, **terms), terms
 
 
-def one_pass(model, seq: sequence.Sequence, batch: dict[str, Tensor], num_text: Tensor | None,
-             num_image: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The cross entropy of the image's tokens and of the text's, means over num_image and num_text of them, or over
-    this batch's own."""
-    smoothing, where = model.cfg.label_smoothing, seq.layout
-    with bfloat16_if_wanted(model.cfg, seq):
-        states = next_states(model(seq))                                                             # (B, L, D)
-        image = masked_cross_entropy(model.image_logits(states, where), batch["image_tokens"],
-                                     seq.is_valid[:, where.image], smoothing, num_image)             # all of it
-        text = masked_cross_entropy(model.text_logits(states, where), batch["text_tokens"],
-                                    seq.is_valid[:, where.text], smoothing, num_text)
-    return image, text
+def run_pass(model, name: str, seq: Sequence, targets: Batch, score: Callable | None = None) -> tuple[Terms, Batch]:
+    """The one pass through the model: its terms. `name` is that of objectives.run_pass(), and not needed."""
+    with autocast(model.cfg, seq.token_ids.device):
+        generated, condition = (score or score_pass)(model, seq, targets)
+    return {"generated": generated, "condition": condition}, {}
 
 
-def num_scored(task: str, batch: dict[str, Tensor], uniform, cfg) -> dict[str, Tensor]:
-    """How many image and how many text tokens the means are over: () each. As objectives.num_scored()."""
-    num_text = batch["text_lengths"].sum()
-    return {"text": num_text, "image": torch.full_like(num_text, batch["image_tokens"].numel())}
-
-
-def whole_sequence(task: str, cfg, image_tokens: Tensor, text_tokens: Tensor, lengths: Tensor) -> sequence.Sequence:
-    """Image and text with nothing masked."""
-    return sequence.build(task, cfg, image_tokens, torch.zeros_like(image_tokens, dtype=torch.bool),
-                          text_tokens, torch.zeros_like(text_tokens, dtype=torch.bool), lengths)
+def score_pass(model, seq: Sequence, targets: Batch) -> tuple[Tensor, Tensor]:
+    """The mean next-token cross entropy over the generated half, and over the given half, padding excepted."""
+    states, found = next_states(model(seq)), {}                                                      # (B, L, D)
+    for piece in (*seq.task.generates, *seq.task.given):
+        where = seq.slices[piece]
+        found[piece] = masked_cross_entropy(model.logits(states[:, where], KIND[piece]), targets[f"{piece}_tokens"],
+                                            seq.is_valid[:, where], model.cfg.label_smoothing)       # all are scored
+    return tuple(sum(found[piece] for piece in half) for half in (seq.task.generates, seq.task.given))
 
 
 def next_states(states: Tensor) -> Tensor:
-    """States (B, L, D) one place to the right. The first place, BOC, is asked nothing."""
+    """States (B, L, D), one position to the right. The first position, BOC, is never scored."""
     return states.roll(1, dims=1)
 
 
 # ---------------------------------------------------------------------------------------------- sampling
 
-def next_token(model, seq: sequence.Sequence, places: Tensor, cache, modality: str, temperature: float, top_k: int,
+def next_token(model, seq: Sequence, positions: Tensor, cache, kind: str, temperature: Tensor, top_k: int,
                uniform: Tensor) -> Tensor:
-    """Reads places (L',), and samples the token (B,) behind the last of them, by uniform numbers (B, 1)."""
-    states = model(seq, places, cache)                                                               # (B, L', D)
-    logits = model.score(states[:, -1:], modality) / temperature                                     # (B, 1, V)
+    """Reads the positions (L',), and samples the token (B,) behind the last of them, by uniform numbers (B, 1)."""
+    states = model(seq, positions, cache)                                                            # (B, L', D)
+    logits = model.logits(states[:, -1:], kind) / temperature                                        # (B, 1, V)
     return sample(logits, uniform, top_k)[0][:, 0]
 
 
 @torch.no_grad()
-def generate(model, task: str, image_tokens: Tensor, text_tokens: Tensor, lengths: Tensor, to_fill: Tensor,
-             generator: torch.Generator, temperature: float = 1.0, top_k: int = 0, use_cache: bool = True,
-             cache=None, step: Callable = next_token) -> Tensor:
-    """Fills the places to_fill of the generated half one by one: image tokens (B, N) in t2i, text tokens (B, T) in i2t.
-    What is not to be filled is given, and seen by what stands to its right.
+def generate(model, task: str, batch: Batch, to_fill: dict[str, Tensor], sampling: dict[str, SamplingConfig],
+             generator: torch.Generator, guidance: float = 1.0, update_length: bool = False, use_cache: bool = True,
+             cache=None, step: Callable = next_token) -> tuple[Batch, dict]:
+    """Fills the generated piece of a task, token after token: the batch with its new tokens, and no trace.
 
-    In i2t a row is over with its first end token: end tokens follow. lengths (B,) are those of the condition in t2i; in
-    i2t, how far the text may go. The keys and values of all that has been read are kept (use_cache), in tensors as
-    large as the sequence from the start, or worked out again for every token, for comparison: the tokens are the same.
-    All randomness is drawn beforehand, row after row. `step` may be a compiled next_token(): all calls but the first
-    have the same shapes, and nothing waits. `cache` may be one of an earlier call: what it held is not looked at.
+    The arguments are those of decoding.generate(); temperature and top_k are used, temperature from the first token to
+    the last. A text may be as long as the batch says; it ends with its first end token, and end tokens follow.
+
+    use_cache keeps the keys and values of all that was read, in tensors as long as the sequence; without it everything
+    is read again for each token (the tokens are the same). `step` is next_token(), possibly compiled: all calls but the
+    first have the same shapes, and none waits for the device. `cache` may be one of an earlier call.
     """
-    cfg, modality = model.cfg, "image" if task == "t2i" else "text"
-    seq = whole_sequence(task, cfg, image_tokens, text_tokens, lengths)
-    half, first_id, end = ((seq.layout.image, 0, -1) if task == "t2i" else
-                           (seq.layout.text, cfg.codebook_size, cfg.end_token))           # an image has no end token
-    batch, count = to_fill.shape
-    uniform = random_rows(generator, batch, count).to(to_fill.device)                       # (B, N) or (B, T)
-    is_over = torch.zeros(batch, dtype=torch.bool, device=to_fill.device)                            # (B,)
-    places = torch.arange(seq.token_ids.shape[1], device=to_fill.device)                             # (L,)
-    cache = (cache or model.new_cache(batch, len(places))) if use_cache else None
-    read = 0
+    cfg, (piece,) = model.cfg, TASKS[task].generates
+    kind, config, to_fill = KIND[piece], sampling[piece], to_fill[piece]
+    seq, first_id = build(task, cfg, batch), model.vocab.tokens[kind].start
+    end = cfg.end_token if kind == "text" else -1                                                    # images have none
+    (rows, count), device = to_fill.shape, to_fill.device
+    uniform = random_rows(generator, rows, count).to(device)                                         # (B, N)
+    temperature = torch.linspace(*config.temperature, count).to(device)                              # (N,)
+    is_over = torch.zeros(rows, dtype=torch.bool, device=device)                                     # (B,)
+    positions = torch.arange(seq.token_ids.shape[1], device=device)                                  # (L,)
+    cache = (cache or model.new_cache(rows, len(positions))) if use_cache else None
+    read, where = 0, seq.slices[piece]
     for i in range(count):
-        place = half.start + i
-        token = step(model, seq, places[read:place], cache, modality, temperature, top_k, uniform[:, i:i + 1])
-        read = place if use_cache else 0
+        j = where.start + i
+        token = step(model, seq, positions[read:j], cache, kind, temperature[i], config.top_k, uniform[:, i:i + 1])
+        read = j if use_cache else 0
         token = token.masked_fill(is_over, end)                                                      # (B,)
-        seq.token_ids[:, place] = torch.where(to_fill[:, i], token + first_id, seq.token_ids[:, place])
-        is_over = is_over | (seq.token_ids[:, place] == first_id + end)
-    return seq.token_ids[:, half] - first_id
+        seq.token_ids[:, j] = torch.where(to_fill[:, i], token + first_id, seq.token_ids[:, j])
+        is_over = is_over | (seq.token_ids[:, j] == first_id + end)
+    return {**batch, f"{piece}_tokens": seq.token_ids[:, where] - first_id}, {}

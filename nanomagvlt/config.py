@@ -1,37 +1,47 @@
-"""Every number there is to choose, in one flat dataclass.
+"""Every setting, once, in one flat dataclass.
 
-A preset is a small table of differences from the defaults below, and every field is a flag of train.py:
-`width` is `--width`, `vq_steps` is `--vq-steps`. The comment behind a field is also its help text. A name that
-does not exist is an error that offers the nearest one.
-
-`P` in a comment marks the paper's own setting (MAGVLT, CVPR 2023); the rest is ours, and may be improved on.
+A preset is a small table of differences from the defaults below. Every field is a flag of train.py: `width` is
+`--width`, `vq_steps` is `--vq-steps`; the comment behind a field is also the flag's help. An unknown name is an error
+that offers the nearest one. `P` in a comment marks the paper's own setting (MAGVLT, CVPR 2023). Read on in masking.py.
 """
 import dataclasses
 import difflib
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nanomagvlt.masking import ORDERS, SCHEDULES
+from nanomagvlt.sequence import TASKS
+
+
+def decoding(default):
+    """A field that only sampling reads: it can change after training (DECODING lists these fields)."""
+    return field(default=default, metadata={"decoding": True})
+
+
+def weights(**weights: float):
+    """A field of one number a task."""
+    return field(default_factory=lambda: dict(weights))
 
 
 @dataclass
 class Config:
     # Data
     data: str = "shapes:tiny"                # shapes:LEVEL, a folder of images with .txt beside them, or tar shards
-    val_data: str = ""                       # pairs to validate on, in the same forms; empty: held-out shapes or none
+    val_data: str = ""                       # pairs for validation, in the same forms; empty: held-out shapes or none
     cache: str = ""                          # a folder of token caches, train/ and val/; empty: make them from the data
-    pairs: int = 40_000                      # pairs that a shapes cache holds; files are always read whole
+    pairs: int = 40_000                      # pairs in a cache of shapes; other data are always read whole
     image_size: int = 32                     # pixels a side; P 256
     text_length: int = 24                    # N_T: most text tokens in a caption, its end token included; P 64
     text_bucket: int = 4                     # T of a batch: its longest caption, rounded up to a multiple of this
     # Text tokens
-    bpe: str = ""                            # a merges file to use; empty: train one on the captions
+    bpe: str = ""                            # a merges file; empty: train one on the captions
     bpe_merges: int = 100                    # merges to train; vocabulary: 512 bytes + merges + 2 special; P 48,894
     clean_captions: bool = False             # the release's clean-up of captions, before the cache; P yes
     bpe_dropout: float = 0.0                 # share of merges left undone in training; P 0.1
     text_vocab: int = 0                      # V_T: size of the text vocabulary; 0: 512 + bpe_merges + 2; P 49,408
     # Image tokens: the VQ-GAN, in taming-transformers' terms
-    vqgan: str = ""                          # a trained VQ-GAN to use; empty: train one on the images
+    vqgan: str = ""                          # a trained VQ-GAN; empty: train one on the images
     codebook_size: int = 128                 # V_I: image vocabulary; P 16,384
     codebook_dim: int = 32                   # size of a code vector; P 256
     vq_channels: int = 16                    # channels at full resolution; P 128
@@ -47,30 +57,26 @@ class Config:
     vq_start: int = 200                      # updates as a plain autoencoder before the codebook, by k-means, comes in
     vq_batch: int = 16                       # images an update
     vq_lr: float = 2e-3                      # peak learning rate
-    vq_commitment: float = 0.25              # weight of the commitment loss
-    vq_decay: float = 0.95                   # moving average of the codebook, per update
-    vq_discriminator: bool = False                  # a PatchGAN discriminator judges reconstructions (chapter 7); P yes
-    vq_discriminator_channels: int = 64             # of its first layer
-    vq_discriminator_start: int = 500               # updates before it counts
-    vq_discriminator_ramp: int = 200                # updates over which its share rises to the whole
+    vq_discriminator: bool = False           # a PatchGAN discriminator (chapter 8); P yes
+    vq_discriminator_start: int = 500        # updates before its loss counts
     vq_vgg: str = ""                         # torchvision's vgg16-397923af.pth, for the perceptual loss; empty: none
-    vq_lpips: str = ""                       # and LPIPS's own vgg.pth, which goes with it
+    vq_lpips: str = ""                       # LPIPS's own vgg.pth, needed with --vq-vgg
     # Transformer
-    model: str = "magvlt"                    # magvlt, or argvlt: its autoregressive counterpart (chapter 9)
+    model: str = "magvlt"                    # magvlt, or argvlt: its autoregressive counterpart (chapter 6)
     segments: bool = False                   # argvlt: L-Verse's [REF] and [GEN] embeddings (BiART)
     layers: int = 4                          # P 24
     width: int = 128                         # D; P 1024
     heads: int = 4                           # H; P 8
     dropout: float = 0.0                     # on residuals and attention; P 0.1
     init_std: float = 0.09                   # weights and positions start as N(0, init_std); P 0.02
-    position_init: str = "sincos"            # positions start as noise, N(0, init_std), or as sine waves; P normal
+    position_init: str = "sincos"            # positions start as N(0, init_std) (normal) or as sine waves; P normal
     # Objective (eq. 6)
-    task_weights: tuple[float, ...] = (2.0, 2.0, 1.0)  # how often T2I, I2T, IT2IT are drawn; P 8,1,1
+    task_weights: dict[str, float] = weights(t2i=2.0, i2t=2.0, it2it=1.0)  # how often a task is drawn; P 8, 1, 1
     length_weight: float = 0.1               # lambda_TL; P 0.01
-    length_pass: str = "own"                 # length learnt in the main pass or in its own, where nothing tells it
+    length_pass: str = "own"                 # length learnt in the main pass, or in its own, which does not show it
     unroll_mask: bool = False                # UnrollMask (section 3.3): one more pass in T2I and I2T; P true
     unroll_weight: float = 1.0               # lambda_UM; P 1
-    unroll_text: str = "masked"              # text places that may be masked again: those masked before, or all
+    unroll_text: str = "masked"              # text positions that may be masked again: those masked before, or all
     mixsel: str = "off"                      # MixSel (section 3.4): off, select, or random (the control); P select
     mixsel_weight: float = 0.5               # lambda_MS; P 0.5
     mixsel_separators: int = 2               # tokens between two mixed captions; P 1, its release 2
@@ -81,31 +87,31 @@ class Config:
     steps: int = 10_000                      # updates; P 40,000
     batch_size: int = 16                     # pairs an update, of all processes together; P 4,096
     micro_batch: int = 0                     # pairs in one pass through the model; 0: the whole batch
-    precision: str = "fp32"                  # fp32, or bf16: matrices in bfloat16; on a GPU sampling, too
+    precision: str = "fp32"                  # fp32, or bf16: matrix products in bfloat16; on a GPU sampling, too
     compile: bool = False                    # torch.compile: a slow start, then fewer and larger kernels
     lr: float = 1e-3                         # peak learning rate; P 4.5e-4
-    decay_fraction: float = 0.3                     # it falls to 0 as a cosine, over this last share of the updates; P 1
+    decay_fraction: float = 0.3              # it falls to 0 as a cosine over this last share of the updates; P 1
     warmup: int = 100                        # updates of linear warm-up
     betas: tuple[float, ...] = (0.9, 0.96)   # AdamW; P 0.9, 0.96
     weight_decay: float = 0.045              # on matrices only; P 0.045
     clip: float = 4.0                        # largest gradient norm; P 4
     ema: float = 0.999                       # moving average of the weights, per update: what samples; 0: none
-    # Decoding (section 3.2), defaults of sample.py and eval.py
-    image_steps: int = 16                    # K for images; P 10
-    image_temperature: tuple[float, ...] = (0.3, 0.1)  # sampling temperature, first step to last; P 1.4, 0.6
-    image_top_k: int = 0                     # sample among this many likeliest tokens; 0: among all
-    image_noise: tuple[float, ...] = (0.5, 0.1)  # Gumbel noise on the confidence, first step to last; P 2.0, 0.2
-    image_order: str = "gumbel"              # kept first: gumbel (confident ones, noisily), confidence, random, halton
-    image_schedule: str = "cosine"           # gamma in decoding: cosine, linear, square; training has P's; P cosine
-    guidance: float = 1.0                    # classifier-free guidance of drawings; 1: none
-    text_steps: int = 24                     # K for text; P 12
-    text_temperature: float = 0.1            # sampling temperature, every step
-    text_top_k: int = 32                     # sample among this many likeliest tokens; 0: among all
-    text_order: str = "halton"               # as image_order; P gumbel
-    text_schedule: str = "linear"            # as image_schedule; P linear
-    pair_text_order: str = "gumbel"          # as text_order, where image and text are made together
-    argvlt_temperature: float = 1.0          # of an ARGVLT's tokens
-    length_positions: int = 1                   # text places visible, all masked, when the length is predicted; P 16
+    # Decoding (section 3.2)
+    image_steps: int = decoding(16)          # K for images; P 10
+    image_schedule: str = decoding("cosine") # gamma in decoding: cosine, linear, square; P cosine
+    image_order: str = decoding("gumbel")    # kept first: gumbel (by noisy confidence), confidence, random, halton
+    image_temperature: tuple[float, ...] = decoding((0.3, 0.1))  # sampling temperature, first step and last; P 1.4, 0.6
+    image_noise: tuple[float, ...] = decoding((0.5, 0.1))  # scale of the order's noise, first step and last; P 2, 0.2
+    image_top_k: int = decoding(0)           # sample among this many likeliest tokens; 0: among all
+    guidance: float = decoding(1.0)          # classifier-free guidance of drawings; 1: none
+    text_steps: int = decoding(24)           # K for text; P 12
+    text_schedule: str = decoding("linear")  # as image_schedule; P linear
+    text_order: str = decoding("halton")     # as image_order; or inverse: masked with probability 1/p; P inverse
+    text_temperature: tuple[float, ...] = decoding((0.1, 0.1))  # as image_temperature; P 0.1 at every step
+    text_noise: tuple[float, ...] = decoding((0.0, 0.0))  # as image_noise
+    text_top_k: int = decoding(32)           # as image_top_k; P 32
+    pair_text_order: str = decoding("inverse")  # as text_order, where image and text are generated together
+    length_positions: int = decoding(1)      # masked text positions that are shown to predict the length; P 16
     # Housekeeping
     seed: int = 0                            # same seed, same device, same result
     log_every: int = 10                      # updates between lines of log.jsonl
@@ -119,7 +125,7 @@ class Config:
 
     @property
     def end_token(self) -> int:
-        """The text token that ends and pads captions: the last id of the vocabulary (chapter 8)."""
+        """The text token that ends and pads captions: the last id of the vocabulary (chapter 9)."""
         return self.text_vocab - 1
 
     @property
@@ -132,92 +138,86 @@ class Config:
         """N: image tokens of one image, in raster order."""
         return self.grid ** 2
 
+    @property
+    def tasks(self) -> dict[str, float]:
+        """The share of the updates that each task gets; tasks of weight 0 are left out."""
+        total = sum(self.task_weights.values())
+        return {task: weight / total for task, weight in self.task_weights.items() if weight}
+
     def check(self) -> "Config":
         """Returns itself. Raises ValueError, naming the field, where values cannot work together."""
-        problems = [(getattr(self, name) < low, f"{name} {getattr(self, name)} must be at least {low}")
-                    for low, names in AT_LEAST.items() for name in names.split()]
-        problems += [(not self.vq_multipliers or min(self.vq_multipliers) < 1,
-                      f"vq_multipliers {self.vq_multipliers} must be numbers of at least 1")]
-        refuse(problems)  # what the rest divides by
-        patch = 2 ** (len(self.vq_multipliers) - 1)
-        problems = [(isinstance(number, float) and not math.isfinite(number), f"{name} {value} must be finite")
-                    for name, value in vars(self).items()
-                    for number in (value if isinstance(value, tuple) else (value,))]
-        problems += [(getattr(self, name) not in names, f"{name} {getattr(self, name)!r} is none of {', '.join(names)}")
-                     for name, names in CHOICES.items()]
-        problems += [(not 0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)} must lie in [0, 1)")
-                     for name in ("label_smoothing", "dropout", "ema", "condition_dropout", "vq_decay")]
-        problems += [
-            (self.image_size % (2 * patch),
-             f"image_size {self.image_size} is no multiple of {2 * patch}, twice the patch that vq_multipliers make"),
-            (self.width % self.heads, f"width {self.width} is no multiple of heads {self.heads}"),
-            (any(self.vq_channels * m % self.vq_groups for m in self.vq_multipliers),
-             f"vq_channels x vq_multipliers must be multiples of vq_groups {self.vq_groups}"),
-            (len(self.task_weights) != 3 or min(self.task_weights) < 0 or sum(self.task_weights) <= 0,
-             f"task_weights {self.task_weights} must be three numbers >= 0, not all 0, for T2I, I2T, IT2IT"),
-            (not 1 <= self.length_positions <= self.text_length,
-             f"length_positions {self.length_positions} must lie in 1..text_length {self.text_length}"),
-            (self.model == "argvlt" and (self.task_weights[2:] != (0.0,) or self.unroll_mask or self.mixsel != "off"),
-             "model argvlt has no it2it, no UnrollMask and no MixSel: give task_weights with 0 as their last"),
-            (self.model == "argvlt" and self.condition_dropout > 0, "condition_dropout is for model magvlt"),
-            (self.segments and self.model != "argvlt", "segments are for model argvlt"),
-            (self.mixsel != "off" and min(self.micro_batch or 2, self.batch_size) < 2,
-             "mixsel wants at least two pairs at a time: see batch_size and micro_batch"),
-            (self.mixsel != "off" and not 1 <= self.mixsel_separators <= self.text_length - 3,
-             f"mixsel_separators {self.mixsel_separators} must lie in 1..text_length - 3"),
-            (self.position_init == "sincos" and self.width % 4,
-             f"width {self.width} is no multiple of 4, which position_init sincos wants"),
-            (not 0 <= self.bpe_dropout <= 1, f"bpe_dropout {self.bpe_dropout} must lie in [0, 1]"),
-            (not self.vqgan and self.vq_start >= self.vq_steps,
-             f"vq_start {self.vq_start} must be below vq_steps {self.vq_steps}: else the codebook never comes in"),
-            (bool(self.vq_vgg) != bool(self.vq_lpips), "vq_vgg and vq_lpips: the perceptual loss wants both"),
-            (not 0 <= self.vq_mixed <= 1, f"vq_mixed {self.vq_mixed} must lie in [0, 1]"),
-            (len(self.betas) != 2, f"betas {self.betas} must be two numbers"),
-            (self.codebook_size > 2 ** 16,
-             f"codebook_size {self.codebook_size} is over 65,536, the most a cache holds"),
-            (not 0 < self.decay_fraction <= 1, f"decay_fraction {self.decay_fraction} must lie in (0, 1]"),
-            (self.micro_batch and self.batch_size % self.micro_batch,
-             f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}"),
-            (min(self.lr, self.vq_lr, self.clip) <= 0,
-             f"lr {self.lr}, vq_lr {self.vq_lr} and clip {self.clip} must be > 0"),
-        ]
-        refuse(problems + self.decoding_problems())
+        refuse([(f"{name} {getattr(self, name)} must be at least {low}", getattr(self, name) < low)
+                for low, names in AT_LEAST.items() for name in names.split()])
+        refuse([(f"{name} {getattr(self, name)!r} is none of {', '.join(names)}", getattr(self, name) not in names)
+                for name, names in CHOICES.items()])
+        for name, value in vars(self).items():
+            numbers = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+            refuse([(f"{name} {value} must be finite", isinstance(x, float) and not math.isfinite(x)) for x in numbers])
+        causal, mixes, patch = self.model == "argvlt", self.mixsel != "off", 2 ** (len(self.vq_multipliers) - 1)
+        refuse([(f"task_weights: no task {task!r}{nearest(task, TASKS)}", task not in TASKS)
+                for task in self.task_weights])
+        refuse([
+            (f"vq_multipliers {self.vq_multipliers} must be numbers of at least 1",
+             min(self.vq_multipliers, default=0) < 1),
+            (f"image_size {self.image_size} is no multiple of {2 * patch}, twice the patch that vq_multipliers make",
+             self.image_size % (2 * patch)),
+            (f"width {self.width} is no multiple of heads {self.heads}", self.width % self.heads),
+            (f"width {self.width} is no multiple of 4, as position_init sincos needs",
+             self.position_init == "sincos" and self.width % 4),
+            (f"vq_channels x vq_multipliers must be multiples of vq_groups {self.vq_groups}",
+             any(self.vq_channels * m % self.vq_groups for m in self.vq_multipliers)),
+            (f"vq_start {self.vq_start} must be below vq_steps {self.vq_steps}, or the codebook is never used",
+             not self.vqgan and self.vq_start >= self.vq_steps),
+            ("vq_vgg and vq_lpips: the perceptual loss needs both", bool(self.vq_vgg) != bool(self.vq_lpips)),
+            (f"codebook_size {self.codebook_size} is over 65,536, the most a cache can hold",
+             self.codebook_size > 2 ** 16),
+            (f"task_weights {self.task_weights} must be at least 0, and not all 0",
+             min(self.task_weights.values(), default=0) < 0 or not sum(self.task_weights.values())),
+            ("model argvlt has no it2it, UnrollMask, MixSel or condition_dropout",
+             causal and (not all(TASKS[task].given for task in self.tasks)
+                         or self.unroll_mask or mixes or self.condition_dropout > 0)),
+            ("segments are for model argvlt", self.segments and not causal),
+            ("mixsel needs at least two pairs at a time: see batch_size and micro_batch",
+             mixes and min(self.micro_batch or 2, self.batch_size) < 2),
+            (f"mixsel_separators {self.mixsel_separators} must lie in 1..text_length - 3",
+             mixes and not 1 <= self.mixsel_separators <= self.text_length - 3),
+            (f"length_positions {self.length_positions} must lie in 1..text_length {self.text_length}",
+             not 1 <= self.length_positions <= self.text_length),
+            (f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}",
+             self.micro_batch and self.batch_size % self.micro_batch),
+            *((f"{name} {getattr(self, name)} must lie in [0, 1)", not 0 <= getattr(self, name) < 1)
+              for name in ("label_smoothing", "dropout", "ema", "condition_dropout")),
+            *((f"{name} {getattr(self, name)} must lie in [0, 1]", not 0 <= getattr(self, name) <= 1)
+              for name in ("bpe_dropout", "vq_mixed", "decay_fraction")),
+            *((f"{name} {getattr(self, name)} must be above 0", getattr(self, name) <= 0)
+              for name in ("lr", "vq_lr", "clip", "decay_fraction")),
+            *((f"{name} {getattr(self, name)} must be two numbers of at least {low}",
+               len(getattr(self, name)) != 2 or min(getattr(self, name)) < low)
+              for name, low in (("betas", 0), ("image_temperature", 0.001), ("text_temperature", 0.001),
+                                ("image_noise", 0), ("text_noise", 0))),
+            (f"image_steps {self.image_steps} must lie in 1..{self.image_tokens}, the number of image tokens",
+             self.image_steps > self.image_tokens),
+            (f"guidance {self.guidance} needs a model trained with condition_dropout, which knows the empty caption",
+             self.guidance != 1 and not self.condition_dropout),
+        ])
         return self
 
-    def decoding_problems(self) -> list[tuple[bool, str]]:
-        """Is it wrong, and what to say then: of the settings of decoding."""
-        return [
-            (not 1 <= self.image_steps <= self.image_tokens,
-             f"image_steps {self.image_steps} must lie in 1..{self.image_tokens}, the number of image tokens"),
-            (self.guidance != 1 and not self.condition_dropout,
-             f"guidance {self.guidance} wants a model trained with condition_dropout, that knows the empty caption"),
-            (len(self.image_temperature) != 2 or min(self.image_temperature) < 0.001,
-             f"image_temperature {self.image_temperature} must be two numbers >= 0.001, first step and last"),
-            (len(self.image_noise) != 2 or min(self.image_noise) < 0,
-             f"image_noise {self.image_noise} must be two numbers >= 0, first step and last"),
-            (self.image_top_k < 0, f"image_top_k {self.image_top_k} must be at least 0"),
-            (self.text_top_k < 0, f"text_top_k {self.text_top_k} must be at least 0"),
-            (self.text_temperature < 0.001, f"text_temperature {self.text_temperature} must be at least 0.001"),
-            (self.argvlt_temperature < 0.001, f"argvlt_temperature {self.argvlt_temperature} must be at least 0.001"),
-        ]
 
-
-def refuse(problems: list[tuple[bool, str]]) -> None:
-    """Raises ValueError with the message of the first problem that there is."""
-    for is_there, message in problems:
-        if is_there:
+def refuse(problems: list[tuple[str, bool]]) -> None:
+    """Raises ValueError with the first message whose condition holds."""
+    for message, is_wrong in problems:
+        if is_wrong:
             raise ValueError(message)
 
 
 AT_LEAST = {
-    0: "bpe_merges vq_start vq_discriminator_start vq_discriminator_ramp length_weight unroll_weight mixsel_weight micro_batch "
-       "warmup weight_decay eval_scenes",
+    0: "bpe_merges vq_start vq_discriminator_start length_weight unroll_weight mixsel_weight micro_batch warmup "
+       "weight_decay eval_scenes image_top_k text_top_k",
     1: "pairs image_size text_length text_bucket codebook_size codebook_dim vq_channels vq_res_blocks vq_latent "
-       "vq_groups vq_images vq_steps vq_batch vq_discriminator_channels layers width heads steps batch_size "
-       "text_steps log_every eval_every sample_every save_every",
+       "vq_groups vq_images vq_steps vq_batch layers width heads steps batch_size image_steps text_steps log_every "
+       "eval_every sample_every save_every",
 }
 
-# What the settings that are words may say.
 CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"),
            "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
            "length_pass": ("own", "main"), "precision": ("fp32", "bf16"), "position_init": ("normal", "sincos"),
@@ -226,38 +226,40 @@ CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"),
 
 PRESETS = {
     "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=1000, steps=2000,
-                  task_weights=(1.0, 1.0, 0.0), eval_scenes=100, eval_every=500, sample_every=1000, save_every=500),
+                  task_weights={"t2i": 1.0, "i2t": 1.0, "it2it": 0.0}, eval_scenes=100, eval_every=500,
+                  sample_every=1000, save_every=500),
     "tiny": dict(),
     # Between tiny and base: real pictures on one modest GPU, or on a patient CPU. Give it --data.
     "small": dict(data="", image_size=64, text_length=48, text_bucket=8, bpe_merges=2000, bpe_dropout=0.1,
                   codebook_size=512, codebook_dim=64, vq_channels=32, vq_latent=128, vq_groups=8, vq_patchwise=False,
                   vq_steps=4000, vq_start=500, layers=6, width=256, heads=4, dropout=0.1, init_std=0.06,
-                  task_weights=(2.0, 1.0, 1.0), unroll_mask=True, mixsel="select", label_smoothing=0.1, steps=10_000,
-                  batch_size=32, lr=5e-4, warmup=500, image_steps=16, image_temperature=(1.0, 0.5),
+                  task_weights={"t2i": 2.0, "i2t": 1.0, "it2it": 1.0}, unroll_mask=True, mixsel="select",
+                  label_smoothing=0.1, batch_size=32, lr=5e-4, warmup=500, image_temperature=(1.0, 0.5),
                   image_noise=(1.0, 0.1)),
     "base": dict(data="", image_size=256, text_length=64, text_bucket=64, bpe_merges=48_894, clean_captions=True,
                  bpe_dropout=0.1, codebook_size=16_384, codebook_dim=256, vq_channels=128,
-                 vq_multipliers=(1, 1, 2, 2, 4),
-                 vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32, vq_patchwise=False, layers=24,
-                 width=1024, heads=8, dropout=0.1, init_std=0.02, position_init="normal", length_positions=16,
-                 task_weights=(8.0, 1.0, 1.0), length_weight=0.01, length_pass="main", unroll_mask=True,
-                 mixsel="select", label_smoothing=0.1, save_every=200, steps=40_000, batch_size=4096, micro_batch=64,
-                 precision="bf16", compile=True, lr=4.5e-4, decay_fraction=1.0,
-                 warmup=1000, ema=0.9999, image_steps=10, image_temperature=(1.4, 0.6), image_noise=(2.0, 0.2),
-                 text_steps=12, text_order="gumbel"),
+                 vq_multipliers=(1, 1, 2, 2, 4), vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32,
+                 vq_patchwise=False, layers=24, width=1024, heads=8, dropout=0.1, init_std=0.02,
+                 position_init="normal", length_positions=16, task_weights={"t2i": 8.0, "i2t": 1.0, "it2it": 1.0},
+                 length_weight=0.01, length_pass="main", unroll_mask=True, mixsel="select", label_smoothing=0.1,
+                 save_every=200, steps=40_000, batch_size=4096, micro_batch=64, precision="bf16", compile=True,
+                 lr=4.5e-4, decay_fraction=1.0, warmup=1000, ema=0.9999, image_steps=10, image_temperature=(1.4, 0.6),
+                 image_noise=(2.0, 0.2), text_steps=12, text_order="inverse"),
 }
-
-# What changes in any preset with `--model argvlt`, unless it is said otherwise.
-ARGVLT = dict(task_weights=(8.0, 2.0, 0.0), unroll_mask=False, mixsel="off")
-
 PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=80_000)
 
-# Fields that a trained VQ-GAN fixes for whoever uses it.
+# The differences that `--model argvlt` adds to any preset.
+ARGVLT = dict(task_weights={"t2i": 8.0, "i2t": 2.0, "it2it": 0.0}, unroll_mask=False, mixsel="off",
+              image_temperature=(1.0, 1.0), text_temperature=(1.0, 1.0))
+
+DECODING = [f.name for f in dataclasses.fields(Config) if "decoding" in f.metadata]
+
+# Fields that a trained VQ-GAN determines.
 VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "vq_multipliers", "vq_res_blocks",
                 "vq_attention", "vq_latent", "vq_groups", "vq_patchwise")
 
-# Fields that a later run of the same name may change: they say how long, how often and how, not what. (Parts of another
-# size are another draw of MixSel's partners, of dropout and, where they are padded otherwise, of hidden words.)
+# Fields that may differ when a run goes on: how long, how often and how, not what. (Parts of another size are another
+# draw of MixSel's partners, of dropout and, where they are padded otherwise, of hidden words.)
 MAY_CHANGE = ("steps", "micro_batch", "compile", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")
 
 
@@ -270,12 +272,17 @@ def preset(name: str, **changes) -> Config:
 
 
 def from_dict(values: dict) -> Config:
-    """A Config from plain values (lists become tuples). Raises ValueError for an unknown field or a bad value."""
-    known = {f.name: f for f in dataclasses.fields(Config)}
+    """A Config from plain values; lists become tuples. Raises ValueError for an unknown field or a bad value."""
+    known = {f.name for f in dataclasses.fields(Config)}
     for name in values:
         if name not in known:
             raise ValueError(f"no setting {name!r}{nearest(name, known)}")
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}).check()
+
+
+def as_json(cfg: Config) -> dict:
+    """The settings as JSON gives them back: tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
 def nearest(name: str, names) -> str:

@@ -1,46 +1,56 @@
-"""Chapter 5 - Decoding: from all hidden to all known, in a few steps (section 3.2, figure 2).
+"""Chapter 5 - Decoding: from all tokens masked to none, in a few steps (section 3.2, figure 2).
 
-There is one loop, decode(). It knows no model and no task: it is given canvases (tokens, some of them to be filled) and
-a function that guesses what may stand in them. Every step guesses all hidden tokens at once, then hides the least
-confident again, fewer and fewer. Images and texts differ in a SamplingConfig, no more: an image token that was once kept is
-never hidden again, a text token may be.
+There is one loop, decode(). It knows neither model nor task: it gets DecodeStates (tokens, some of them to fill) and a
+function that predicts their logits. Each step samples all masked tokens at once, then masks the least confident of them
+again, fewer in each step. Images and texts differ only in their SamplingConfig: an image token that was once kept is
+never masked again, a text token can be.
 
-The tasks are thin, each another canvas:
-  draw_image    text given, image to be filled: all of it, or a region (inpainting), or a random share (variations)
-  write_text    image given, text to be filled: all of it, its length guessed first, or some words (infilling)
-  draw_pair     both to be filled, from nothing or from a part of each (appendix D)
-They want a model in eval() mode.
+generate() connects the loop with the model, by the task's record: t2i fills an image in view of a text, i2t a text in
+view of an image, it2it both (appendix D). What is filled decides the rest: all of a piece, a region of an image
+(inpainting), some words of a text (infilling). It needs a model in eval() mode.
 
-Shapes: B batch, N places, K decoding steps, V vocabulary, T text places. Read on in vqgan.py.
+Shapes: B batch, N positions of one piece, K decoding steps, V vocabulary, T text positions. Read on in argvlt.py.
 """
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from nanomagvlt import sequence
+from nanomagvlt.masking import bottom_k_mask, decoding_counts, halton_rank, order_scores, sample
 from nanomagvlt.rng import random_rows
-from nanomagvlt.masking import decoding_counts, halton_rank, bottom_k_mask, order_scores, sample
+from nanomagvlt.sequence import KIND, TASKS, build, build_for_length, valid_mask
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How one modality is decoded."""
+    """How the tokens of one kind are decoded."""
     steps: int                        # K
     schedule: str                     # gamma: one of masking.SCHEDULES
-    order: str                        # which places are kept first: one of masking.ORDERS
-    can_remask: bool                  # may a token that was revealed be hidden again?
+    order: str                        # which positions are kept first: one of masking.ORDERS
     temperature: tuple[float, float]  # of the sampled tokens, at the first step and at the last; > 0
-    noise: tuple[float, float]        # order "gumbel": scale, from the first step to the last; < 0 draws whom to hide
-    top_k: int                        # sample among this many likeliest tokens; 0: among all
-    floor: float                      # confidence is log max(p, floor), p after temperature and top-k
-    rows: int                         # rows of the grid on which the places stand; 1 for a text
+    noise: tuple[float, float]        # scale of the noise of order "gumbel", at the first step and at the last
+    top_k: int                        # sample among this many most likely tokens; 0: among all
+    can_remask: bool                  # whether a token that was kept can be masked again
+    floor: float                      # confidence is log max(p, floor), where p is the probability after top-k
+    rows: int                         # rows of the grid of positions, for the Halton order; 1 for a text
+
+
+def sampling_config(cfg, kind: str, **changes) -> SamplingConfig:
+    """The settings in cfg for "image" or "text" tokens, with the release's rules that are no settings, and changes."""
+    if kind == "image":
+        settings = SamplingConfig(cfg.image_steps, cfg.image_schedule, cfg.image_order, cfg.image_temperature,
+                                  cfg.image_noise, cfg.image_top_k, can_remask=False, floor=2.0 ** -10, rows=cfg.grid)
+    else:
+        settings = SamplingConfig(cfg.text_steps, cfg.text_schedule, cfg.text_order, cfg.text_temperature,
+                                  cfg.text_noise, cfg.text_top_k, can_remask=True,
+                                  floor=torch.finfo(torch.float32).tiny, rows=1)
+    return replace(settings, **changes)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of decoding, for looking at: what was hidden, what was put there, and how surely."""
+    """One decoding step, for display: what was masked, what was put there, and how likely it was."""
     is_masked: Tensor   # (B, N) bool, before the step
     tokens: Tensor      # (B, N) after the step
     confidence: Tensor  # (B, N) log p of each token when it was last sampled; 0 where it was given
@@ -48,178 +58,129 @@ class Step:
 
 @dataclass
 class DecodeState:
-    """One modality on its way from hidden to known. Places that are not to be filled are never touched."""
-    tokens: Tensor      # (B, N) long; what stands where it is to be filled does not matter
+    """One piece in decoding. Positions outside to_fill keep their tokens."""
+    tokens: Tensor      # (B, N) long; the tokens at to_fill have no influence
     to_fill: Tensor     # (B, N) bool
-    recipe: SamplingConfig
-    is_masked: Tensor = field(init=False)    # (B, N) bool: hidden now
+    config: SamplingConfig
+    is_masked: Tensor = field(init=False)    # (B, N) bool: masked now
     confidence: Tensor = field(init=False)   # (B, N) log p of each token when it was last sampled
-    counts: Tensor = field(init=False)       # (N + 1, K) how many are masked before each step, if 0..N are to be filled
-    halton: Tensor = field(init=False)       # (N,) the places' rank in the Halton sequence
+    counts: Tensor = field(init=False)       # (N + 1, K) how many are masked before each step, if 0..N are to fill
+    halton: Tensor = field(init=False)       # (N,) rank of each position in the Halton sequence
     trace: list[Step] = field(init=False)
 
-    def begin(self) -> None:
-        """All that is to be filled is hidden. What steps need is worked out here, on the CPU, so that none waits."""
-        n, recipe, device = self.tokens.shape[1], self.recipe, self.tokens.device
+    def __post_init__(self):
+        """Masks all that is to fill. The tables are computed here, on the CPU, so that no step waits for a copy."""
+        n, config, device = self.tokens.shape[1], self.config, self.tokens.device
         self.is_masked, self.trace = self.to_fill, []
         self.confidence = torch.zeros(self.tokens.shape, device=device)
-        self.counts = decoding_counts(torch.arange(n + 1), recipe.steps, recipe.schedule, recipe.can_remask).to(device)
-        self.halton = halton_rank(recipe.rows, n // recipe.rows).to(device)
-
-
-def image_recipe(cfg) -> SamplingConfig:
-    """The released code's image settings, its floor included, with the numbers of cfg."""
-    return SamplingConfig(steps=cfg.image_steps, schedule=cfg.image_schedule, order=cfg.image_order, can_remask=False,
-                  temperature=cfg.image_temperature, noise=cfg.image_noise, top_k=cfg.image_top_k, floor=2.0 ** -10,
-                  rows=cfg.grid)
-
-
-def text_recipe(cfg) -> SamplingConfig:
-    """The released code's text settings, with the numbers of cfg. In its order, "gumbel", the places to be hidden are
-    drawn from softmax(-log p)."""
-    return SamplingConfig(steps=cfg.text_steps, schedule=cfg.text_schedule, order=cfg.text_order, can_remask=True,
-                  temperature=(cfg.text_temperature,) * 2, noise=(-1.0, -1.0), top_k=cfg.text_top_k,
-                  floor=torch.finfo(torch.float32).tiny, rows=1)
+        self.counts = decoding_counts(torch.arange(n + 1), config.steps, config.schedule, config.can_remask).to(device)
+        self.halton = halton_rank(config.rows, n // config.rows).to(device)
 
 
 @torch.no_grad()
-def decode(guess: Callable[[], list[Tensor]], canvases: list[DecodeState], generator: torch.Generator) -> None:
-    """Fills the canvases in K steps, the same K for all of them.
+def decode(predict_logits: Callable[[], list[Tensor]], states: list[DecodeState], generator: torch.Generator) -> None:
+    """Fills the states in K steps.
 
-    guess() -> logits (B, N, V) for each canvas, from its tokens and is_masked as they are then; that of draw_pair()
-    changes a canvas before it looks, when the text's length changes. All randomness is drawn from the generator (a CPU
-    one) beforehand, row after row, so the first row of a batch is the single sample of the same seed; or it is an
-    iterator that gives each row a generator of its own (chance.random_rows).
-    Raises ValueError where an image has fewer places to fill than there are steps, or canvases differ in steps.
+    predict_logits() -> logits (B, N, V) for each state, from its current tokens and is_masked. All random numbers are
+    drawn beforehand from the (CPU) generator, row after row: so the first row of a batch equals the single sample of
+    the same seed. An iterator of generators gives each row one of its own (see rng.random_rows).
+    Raises ValueError if an image has fewer positions to fill than steps, or if the states differ in their steps.
     """
-    batch, k_steps = len(canvases[0].tokens), canvases[0].recipe.steps
-    for canvas in canvases:
-        canvas.begin()
-        fewest = canvas.to_fill.sum(1).min()
-        if canvas.recipe.steps != k_steps:
-            raise ValueError(f"canvases that are filled together want one number of steps, not {k_steps} and "
-                             f"{canvas.recipe.steps}")
-        if not canvas.recipe.can_remask and k_steps > fewest:
-            raise ValueError(f"{k_steps} decoding steps, but only {fewest} tokens to reveal: take fewer steps")
-    sizes = [k_steps * 2 * canvas.tokens.shape[1] for canvas in canvases]
-    uniform = random_rows(generator, batch, sum(sizes)).to(canvases[0].tokens.device).split(sizes, dim=1)
+    batch, k_steps = len(states[0].tokens), states[0].config.steps
+    for state in states:
+        fewest = state.to_fill.sum(1).min()
+        if state.config.steps != k_steps:
+            raise ValueError(f"states that are filled together need one number of steps, not {k_steps} and "
+                             f"{state.config.steps}")
+        if not state.config.can_remask and k_steps > fewest:
+            raise ValueError(f"{k_steps} decoding steps, but only {fewest} tokens to fill: take fewer steps")
+    sizes = [k_steps * 2 * state.tokens.shape[1] for state in states]
+    uniform = random_rows(generator, batch, sum(sizes)).to(states[0].tokens.device).split(sizes, dim=1)
     uniform = [numbers.view(batch, k_steps, 2, -1) for numbers in uniform]                           # (B, K, 2, N)
     for k in range(k_steps):
-        for canvas, logits, numbers in zip(canvases, guess(), uniform):
-            decode_step(canvas, logits, k, numbers[:, k])
+        for state, logits, numbers in zip(states, predict_logits(), uniform):
+            step(state, logits, k, numbers[:, k])
 
 
-def decode_step(canvas: DecodeState, logits: Tensor, k: int, uniform: Tensor) -> None:
-    """Step k = 0 .. K-1 of one canvas: put guesses in, then hide some of them again. uniform (B, 2, N)."""
-    recipe, last = canvas.recipe, canvas.recipe.steps - 1
-    temperature, noise = (a + (b - a) * k / max(1, last) for a, b in (recipe.temperature, recipe.noise))
-    sampled, p = sample(logits / temperature, uniform[:, 0], recipe.top_k)                           # (B, N) each
-    canvas.tokens = torch.where(canvas.is_masked, sampled, canvas.tokens)
-    canvas.confidence = torch.where(canvas.is_masked, p.clamp(min=recipe.floor).log(), canvas.confidence)
-    canvas.trace.append(Step(canvas.is_masked, canvas.tokens, canvas.confidence))
+def step(state: DecodeState, logits: Tensor, k: int, uniform: Tensor) -> None:
+    """Step k = 0 .. K-1 of one state: fills all masked positions, then masks some again. uniform (B, 2, N)."""
+    config, last = state.config, state.config.steps - 1
+    temperature, noise = (a + (b - a) * k / max(1, last) for a, b in (config.temperature, config.noise))
+    sampled, p = sample(logits / temperature, uniform[:, 0], config.top_k)                           # (B, N) each
+    state.tokens = torch.where(state.is_masked, sampled, state.tokens)
+    state.confidence = torch.where(state.is_masked, p.clamp(min=config.floor).log(), state.confidence)
+    state.trace.append(Step(state.is_masked, state.tokens, state.confidence))
     if k < last:
-        scores = order_scores(recipe.order, canvas.confidence, noise, uniform[:, 1], canvas.halton)  # (B, N)
-        count = canvas.counts[canvas.to_fill.sum(1), k + 1]                                          # (B,)
-        canvas.is_masked = bottom_k_mask(scores, count, canvas.to_fill if recipe.can_remask else canvas.is_masked)
+        scores = order_scores(config.order, state.confidence, noise, uniform[:, 1], state.halton)    # (B, N)
+        count = state.counts[state.to_fill.sum(1), k + 1]                                            # (B,)
+        state.is_masked = bottom_k_mask(scores, count, state.to_fill if config.can_remask else state.is_masked)
 
 
-def blank_image(cfg, batch: int, device=None) -> tuple[Tensor, Tensor]:
-    """Images of which nothing is known: tokens (B, N), and where to fill them (B, N)."""
-    tokens = torch.zeros(batch, cfg.image_tokens, dtype=torch.long, device=device)
-    return tokens, torch.ones_like(tokens, dtype=torch.bool)
+# ---------------------------------------------------------------------------------------------- with the model
 
+@torch.no_grad()
+def generate(model, task: str, batch: dict[str, Tensor], to_fill: dict[str, Tensor],
+             sampling: dict[str, SamplingConfig], generator: torch.Generator, guidance: float = 1.0,
+             update_length: bool = False) -> tuple[dict[str, Tensor], dict[str, list[Step]]]:
+    """Fills the generated pieces of a task: the batch with its new tokens, and the trace of each piece.
 
-def blank_text(cfg, text_lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Texts of which nothing but their lengths (B,) is known: tokens (B, T), and where to fill them (B, T)."""
-    to_fill = sequence.valid_mask(text_lengths, cfg.text_length)
-    return torch.zeros_like(to_fill, dtype=torch.long), to_fill
+    batch holds tokens (and lengths) of all pieces, to_fill True (B, N) at the positions to fill, and sampling the
+    settings, each for the generated pieces. The lengths of texts are those in the batch; with update_length a text's
+    length is predicted again before each step but the first: positions that it gains are masked, those that it loses
+    are dropped.
 
-
-def draw_image(model, text_tokens: Tensor, text_lengths: Tensor, generator: torch.Generator,
-               canvas: DecodeState | None = None, guidance: float = 1.0) -> tuple[Tensor, list[Step]]:
-    """Image tokens (B, N) for captions text_tokens (B, T) of text_lengths (B,), and every decoding step.
-
-    A canvas with some places to fill makes only these anew, in view of the others; without one all are made.
-    guidance w other than 1 is classifier-free guidance (Ho and Salimans, 2022): logits = null + w (given - null), null
-    being those under the empty caption, the end token alone; both in one pass of 2 B rows.
+    guidance w other than 1 is classifier-free guidance (Ho and Salimans, 2022): logits = null + w (given - null), where
+    null are the logits with the given texts empty (their end token alone), from the same pass of 2 B rows.
     """
-    cfg = model.cfg
-    canvas = canvas or DecodeState(*blank_image(cfg, len(text_tokens), text_tokens.device), image_recipe(cfg))
-    guided = guidance != 1
-    if guided:
-        text_tokens = torch.cat([text_tokens, torch.full_like(text_tokens, cfg.end_token)])          # (2 B, T)
-        text_lengths = torch.cat([text_lengths, torch.ones_like(text_lengths)])                      # (2 B,)
-    nothing = torch.zeros_like(text_tokens, dtype=torch.bool)
+    cfg, record, batch = model.cfg, TASKS[task], dict(batch)
+    states = {piece: DecodeState(batch[f"{piece}_tokens"], to_fill[piece], sampling[piece])
+              for piece in record.generates}
 
-    def guess() -> list[Tensor]:
-        tokens, is_masked = canvas.tokens, canvas.is_masked
-        if guided:
-            tokens, is_masked = torch.cat([tokens, tokens]), torch.cat([is_masked, is_masked])       # (2 B, N)
-        seq = sequence.build("t2i", cfg, tokens, is_masked, text_tokens, nothing, text_lengths)
-        logits = model.image_logits(model(seq), seq.layout)
-        if guided:
-            given, null = logits.chunk(2)
-            logits = null + guidance * (given - null)                                                # (B, N, V_I)
-        return [logits]
+    def current() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return ({**batch, **{f"{piece}_tokens": state.tokens for piece, state in states.items()}},
+                {piece: state.is_masked for piece, state in states.items()})
 
-    decode(guess, [canvas], generator)
-    return canvas.tokens, canvas.trace
-
-
-def write_text(model, image_tokens: Tensor, generator: torch.Generator, text_lengths: Tensor | None = None,
-               canvas: DecodeState | None = None) -> tuple[Tensor, Tensor, list[Step]]:
-    """Captions (B, T) of image_tokens (B, N), their lengths (B,), predicted if not given, and every decoding step.
-
-    T is cfg.text_length. From a caption's length on there are zeros; its end token is guessed like any other. A canvas
-    with some places to fill (infilling) wants its text_lengths: ValueError without.
-    """
-    cfg = model.cfg
-    if canvas and text_lengths is None:
-        raise ValueError("a canvas to write on wants text_lengths")
-    nothing = torch.zeros_like(image_tokens, dtype=torch.bool)
-    if text_lengths is None:
-        text_lengths = predict_length(model, image_tokens, nothing)
-    canvas = canvas or DecodeState(*blank_text(cfg, text_lengths), text_recipe(cfg))
-
-    def guess() -> list[Tensor]:
-        seq = sequence.build("i2t", cfg, image_tokens, nothing, canvas.tokens, canvas.is_masked, text_lengths)
-        return [model.text_logits(model(seq), seq.layout)]
-
-    decode(guess, [canvas], generator)
-    return canvas.tokens, text_lengths, canvas.trace
+    def predict_logits() -> list[Tensor]:
+        if update_length and states[record.length_of].trace:
+            change_length(model, task, *current(), batch, states[record.length_of])
+        shown, masks = current()
+        if guidance != 1:
+            shown, masks = ({name: torch.cat([x, x]) for name, x in of.items()} for of in (shown, masks))   # 2 B rows
+            for piece in record.given:
+                if KIND[piece] == "text":
+                    shown[f"{piece}_tokens"][len(shown[f"{piece}_tokens"]) // 2:] = cfg.end_token
+                    shown[f"{piece}_lengths"][len(shown[f"{piece}_lengths"]) // 2:] = 1
+        seq = build(task, cfg, shown, masks)
+        hidden = model(seq)                                                                          # (B, L, D)
+        logits = [model.logits(hidden[:, seq.slices[piece]], KIND[piece]) for piece in states]       # (B, N, V) each
+        if guidance != 1:
+            logits = [null + guidance * (given - null) for given, null in (both.chunk(2) for both in logits)]
+        return logits
+    decode(predict_logits, list(states.values()), generator)
+    return current()[0], {piece: state.trace for piece, state in states.items()}
 
 
-def draw_pair(model, image: DecodeState, text: DecodeState, text_lengths: Tensor, generator: torch.Generator,
-              keep_length: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Image and text together (appendix D): image tokens (B, N), text tokens (B, T), text lengths (B,).
-
-    text_lengths (B,) is where to begin. It is read again after every step, from the image as far as it is drawn: text
-    places that a longer text gains are masked, those that a shorter one loses are dropped. A text of which a part is
-    known wants keep_length: else its words might be written over. Both canvases must have the same number of steps;
-    these are in their traces.
-    """
-    cfg = model.cfg
-
-    def guess() -> list[Tensor]:
-        nonlocal text_lengths
-        if image.trace and not keep_length:
-            text_lengths = predict_length(model, image.tokens, image.is_masked)
-            is_real = sequence.valid_mask(text_lengths, cfg.text_length)
-            text.is_masked = (text.is_masked | ~text.to_fill) & is_real                              # (B, T)
-            text.to_fill = is_real
-        seq = sequence.build("it2it", cfg, image.tokens, image.is_masked, text.tokens, text.is_masked, text_lengths)
-        states = model(seq)
-        return [model.image_logits(states, seq.layout), model.text_logits(states, seq.layout)]
-
-    decode(guess, [image, text], generator)
-    return image.tokens, text.tokens, text_lengths
+def change_length(model, task: str, shown: dict[str, Tensor], masks: dict[str, Tensor], batch: dict[str, Tensor],
+                  text: DecodeState) -> None:
+    """Predicts the length of a text that is generated together with its image, and changes batch and text to it."""
+    lengths = predict_length(model, task, shown, masks)
+    is_valid = valid_mask(lengths, text.tokens.shape[1])                                             # (B, T)
+    text.is_masked, text.to_fill = (text.is_masked | ~text.to_fill) & is_valid, is_valid
+    batch[f"{TASKS[task].length_of}_lengths"] = lengths
 
 
 @torch.no_grad()
-def predict_length(model, image_tokens: Tensor, image_is_masked: Tensor) -> Tensor:
-    """The likeliest length (B,) in 1..T, end token included, of a caption for image_tokens (B, N).
+def predict_length(model, task: str, batch: dict[str, Tensor], masks: dict[str, Tensor] | None = None) -> Tensor:
+    """The most likely length (B,) of the text to generate, in 1..T with its end token (section 3.2).
 
-    It is read from a pass of its own, which sees nothing of a text but `length_positions` masked places.
+    It comes from a pass of its own, which shows of the text only cfg.length_positions masked positions.
     """
-    seq = sequence.build_for_length(model.cfg, image_tokens, image_is_masked)
-    return model.length_logits(model(seq), seq.layout).argmax(dim=-1) + 1
+    seq = build_for_length(task, model.cfg, batch, masks or {})
+    return model.length_logits(model(seq), seq).argmax(dim=-1) + 1
+
+
+def blank(cfg, kind: str, batch: int, lengths: Tensor | None = None, device=None) -> tuple[Tensor, Tensor]:
+    """A piece that is unknown: tokens (B, N), and to_fill (B, N), all of an image or the first `lengths` of a text."""
+    count = cfg.image_tokens if kind == "image" else cfg.text_length
+    tokens = torch.zeros(batch, count, dtype=torch.long, device=device)
+    return tokens, torch.ones_like(tokens, dtype=torch.bool) if lengths is None else valid_mask(lengths, count)

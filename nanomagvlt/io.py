@@ -5,11 +5,14 @@ or a second writer leaves the old file, or none. A file of tensors is a pickle, 
 tensors are read by PyTorch's restricted unpickler alone, in this one place. Read on where randomness is made: rng.py.
 """
 import contextlib
+import io
 import json
 import os
+import pickletools
 import re
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +34,9 @@ def whole(path: Path) -> Iterator:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # after the OSError of a full disk torch.save() raises a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__
+        raise OSError(cause.errno, cause.strerror, str(path)) if isinstance(cause, OSError) else error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)  # the rename is on the disk when the folder is
@@ -56,24 +62,62 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
     try:
         with np.load(path) as arrays:
             return [arrays[name] for name in names]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged ({error}); delete it and give the same command again") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        raise ValueError(f"{path}: damaged; delete it and give the same command again") from None
 
 
-def read_tensors(path: str | Path, what: str, mmap: bool = True) -> object:
-    """The content of a file of torch.save(), on the CPU. Nothing in it is run.
+class Inert:
+    """Takes the place of an object of a class that is not loaded. It keeps the object's state and runs nothing."""
+    state: object = None
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state: object):
+        self.state = state
+
+
+def read_tensors(path: str | Path, what: str, mmap: bool = True, inert: tuple[str, ...] = ()) -> object:
+    """The content of a file of torch.save() or torch.jit.save(), on the CPU. Nothing in it is run.
 
     `what` names the expected content in the message. With mmap a tensor is read from the disk when it is used.
+    `inert` gives the first parts of class names: an object of such a class is loaded as an Inert object.
     Raises ValueError, one line, for a file that is absent, damaged, or holds an object of a class that is not allowed.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        content = path
+        if is_zip := zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > 2 * Path(path).stat().st_size:
+                raise ValueError("its content is compressed, and much larger than the file")
+            # torch.load() refuses a zip with constants.pkl, a part of TorchScript's code. No tensor needs this entry.
+            if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+                content = io.BytesIO(Path(path).read_bytes().replace(b"/constants.pkl", b"/constants.not"))
+        # The unpickler can fill an OrderedDict, but no other subclass of dict, such as Lightning's AttributeDict.
+        stand_ins = [(OrderedDict if name.endswith("AttributeDict") else Inert, name)
+                     for name in (named_classes(path) if inert else ()) if name.startswith(inert)]
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(content, map_location="cpu", weights_only=True, mmap=mmap and is_zip and content is path)
     except Exception as error:  # the unpickler fails in a dozen ways on a damaged or foreign file
-        refused = re.search(r"(?:GLOBAL|global) (\S+\.\S+)", str(error))
-        reason = f"refused, it names the class {refused[1]}" if refused else f"not {what}, or damaged"
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"refused, it names the class {refused[1]!r}" if refused else f"not {what}, or damaged"
         raise ValueError(f"{path}: {reason}") from None
+
+
+def named_classes(path: str | Path) -> set[str]:
+    """The names of all classes in a file of torch.save(). Its pickles are scanned, not loaded."""
+    names = set()
+    with open(path, "rb") as file, contextlib.suppress(ValueError):  # a damaged pickle; torch.load() reports it
+        pickles = [file] * 4                                         # the old format: three short pickles, the content
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+        for pickled in pickles:
+            names |= {name.replace(" ", ".") for code, name, _ in pickletools.genops(pickled) if code.name == "GLOBAL"}
+    return names
 
 
 def load_strict(module: nn.Module, state: object, path: str | Path) -> nn.Module:
@@ -88,16 +132,26 @@ def load_strict(module: nn.Module, state: object, path: str | Path) -> nn.Module
     expected = module.state_dict()
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
-            raise ValueError(f"{path}: the tensor {name} is missing")
+            raise ValueError(f"{path}: the tensor {name!r} is missing")
         if name not in expected:
-            raise ValueError(f"{path}: has a tensor {name}, unknown to {type(module).__name__}")
+            raise ValueError(f"{path}: has a tensor {name!r}, unknown to {type(module).__name__}")
         if state[name].shape != expected[name].shape:
-            raise ValueError(f"{path}: {name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}")
+            raise ValueError(f"{path}: {name!r} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}")
         if state[name].is_floating_point() != expected[name].is_floating_point():
-            raise ValueError(f"{path}: {name} has numbers of type {state[name].dtype}")
+            raise ValueError(f"{path}: {name!r} has numbers of type {state[name].dtype}")
     module.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor
                             for name, tensor in state.items()}, assign=True)
     return module.eval()
+
+
+@contextlib.contextmanager
+def one_line_error(path: str | Path, problem: str) -> Iterator[None]:
+    """Turns an error about the content of a file into a ValueError: one line with the file's name and the problem."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise ValueError(f"{path}: {problem}: {reason}") from None
 
 
 def first_line(error: Exception) -> str:

@@ -1,19 +1,18 @@
-"""Chapter 1 - What is hidden, and when.
+"""Chapter 1 - Masking: how many tokens are hidden, and which.
 
-MAGVLT learns and draws by one act: some tokens are hidden, the model guesses them. This file holds the four
-questions that training and decoding share (sections 3.1 and 3.2 of the paper):
+MAGVLT is trained and sampled by one operation: some tokens are masked, and the model predicts them. This file answers
+the four questions that training and decoding share (sections 3.1 and 3.2 of the paper):
 
-  how large a share is hidden?   gamma(u): the share STILL MASKED at progress u in [0, 1]. It falls from 1 to 0.
-                                 Training draws u at random (the paper's r); decoding walks u = 0, 1/K, 2/K, ...
-  how many places is that?       num_masked() in training, decoding_counts() in decoding
-  which places?                  bottom_k_mask(): those with the lowest score. In training the score is a random number,
-                                 in decoding it is the model's confidence, with some Gumbel noise, or another
-                                 order: ORDERS.
-  what is put there?             sample(): a token drawn from the model's logits
+  how large a share is masked?     gamma(u): the share STILL MASKED at progress u in [0, 1]. It falls from 1 to 0.
+                                   Training draws u at random (r in the paper); decoding takes u = 0, 1/K, 2/K, ...
+  how many positions is that?      num_masked() in training, decoding_counts() in decoding
+  which positions?                 bottom_k_mask(): those with the lowest scores. In training the score is a random
+                                   number; in decoding it is the model's confidence, or another of ORDERS.
+  which token is put there?        sample(): a token drawn from the model's logits
 
-`is_masked` is True where a token is hidden from the model and is to be predicted: here and everywhere.
-Shapes: B batch, N places of one modality, K decoding steps. `python -m nanomagvlt.masking` prints the schedules.
-Read on in sequence.py.
+`is_masked` is True where a token is hidden from the model: here and in every other file.
+Shapes: B batch, N positions of one modality, K decoding steps, V vocabulary.
+`python -m nanomagvlt.masking` prints the schedules. Read on in sequence.py.
 """
 import math
 from collections.abc import Callable
@@ -22,79 +21,75 @@ from functools import cache
 import torch
 from torch import Tensor
 
-SLACK = 1e-9  # keeps float64's rounding of gamma * N from adding or losing a place where the product is a whole number
+SLACK = 1e-9  # so that float64's rounding of gamma x N does not add or lose a position where it is a whole number
 
-
-SCHEDULES = ("cosine", "linear", "square")
-ORDERS = ("gumbel", "confidence", "random", "halton")
+SCHEDULES = {  # gamma(u): exactly 1 at u = 0, exactly 0 at u = 1, and falling between
+    "cosine": lambda u: torch.sin((1 - u) * (math.pi / 2)),  # images: cos(pi u / 2), as a sine so that 0 is exact
+    "linear": lambda u: 1 - u,                               # text
+    "square": lambda u: 1 - u * u,                           # not the paper's: reveals fewer tokens at first
+}
+ORDERS = ("gumbel", "inverse", "confidence", "random", "halton")
 
 
 def gamma(u: Tensor, schedule: str) -> Tensor:
-    """The share still masked at progress u in [0, 1]: exactly 1 at u = 0, exactly 0 at u = 1, falling between.
-
-    "cosine" for images: cos(pi u / 2), written as a sine so that the ends are exact; "linear" for text: 1 - u;
-    "square", for trying out: 1 - u^2, which reveals even less at first.
-    """
-    if schedule == "cosine":
-        return torch.sin((1 - u) * (math.pi / 2))
-    if schedule == "linear":
-        return 1 - u
-    if schedule == "square":
-        return 1 - u * u
-    raise ValueError(f"no schedule {schedule!r}; there are: {', '.join(SCHEDULES)}")
+    """The share of positions still masked at progress u in [0, 1]: the same shape."""
+    return SCHEDULES[schedule](u)
 
 
-def num_masked(share: Tensor, num_places: Tensor | int, rounding: Callable[[Tensor], Tensor] = torch.ceil) -> Tensor:
-    """ceil(share x N) places, at least 1 and at most N (section 3.1). share in [0, 1]: (B,) -> (B,) long.
+def num_masked(share: Tensor, num_positions: Tensor | int,
+               rounding: Callable[[Tensor], Tensor] = torch.ceil) -> Tensor:
+    """ceil(share x N), at least 1 and at most N (section 3.1). share in [0, 1]: (B,) -> (B,) long.
 
-    N may be 0, of a modality that is only shown: then 0. rounding is torch.ceil or, in UnrollMask and for MixSel's
-    halves of images, torch.floor.
+    N can be 0, for a modality that is not masked: the result is then 0. UnrollMask and MixSel round with torch.floor.
     """
     slack = SLACK if rounding is torch.floor else -SLACK
-    return rounding(share.double() * num_places + slack).clamp(min=1).long().clamp(max=num_places)
+    return rounding(share.double() * num_positions + slack).clamp(min=1).long().clamp(max=num_positions)
 
 
-def decoding_counts(num_hidden: Tensor, steps: int, schedule: str, can_remask: bool) -> Tensor:
-    """How many places are masked before each of the K decoding steps, of num_hidden (B,) to fill: (B, K) long.
+def decoding_counts(num_to_fill: Tensor, steps: int, schedule: str, can_remask: bool) -> Tensor:
+    """How many positions are masked before each of the K decoding steps, of num_to_fill (B,): (B, K) long.
 
-    Images keep what they once kept: ceil(gamma(k/K) N), and each step keeps at least one place more; rows with fewer
-    places than steps then have no meaning (decode() refuses them). Text may be masked again (can_remask):
-    floor(gamma(k/K) N), at least 1 (the paper writes ceil, the authors' code has floor).
+    Images keep each token that was once revealed: ceil(gamma(k/K) N), and each step reveals at least one position. (A
+    row with fewer positions than steps has no valid counts; decode() refuses it.) Text tokens can be masked again
+    (can_remask): floor(gamma(k/K) N), at least 1. The paper writes ceil, the authors' code has floor.
     """
-    share = gamma(torch.arange(steps, dtype=torch.float64) / steps, schedule).to(num_hidden.device)  # (K,)
-    places = share * num_hidden[:, None]                                                             # (B, K)
+    share = gamma(torch.arange(steps, dtype=torch.float64) / steps, schedule).to(num_to_fill.device)  # (K,)
+    masked = share * num_to_fill[:, None]                                                            # (B, K)
     if can_remask:
-        return (places + SLACK).floor().clamp(min=1).long()
-    k = torch.arange(steps, device=num_hidden.device)
-    counts = (places - SLACK).ceil().long()                                                          # (B, K)
-    falling = (counts + k).cummin(dim=1).values - k     # below the step before by at least one, ...
-    return falling.maximum(steps - k)                   # ... and never so low that a later step has none to reveal
+        return (masked + SLACK).floor().clamp(min=1).long()
+    k = torch.arange(steps, device=num_to_fill.device)
+    counts = (masked - SLACK).ceil().long()                                                          # (B, K)
+    falling = (counts + k).cummin(dim=1).values - k     # each step has at least one less than the step before,
+    return falling.maximum(steps - k)                   # and leaves at least one for each step that follows
 
 
 def bottom_k_mask(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:
-    """True at the `count` (B,) lowest scores of each row, only among the places that may be chosen.
+    """True at the `count` (B,) lowest scores of each row, among the positions that are allowed: (B, N) bool.
 
-    scores (B, N) float, among (B, N) bool with at least `count` True in each row -> (B, N) bool.
-    The rank of every place is the argsort of the argsort: no loop, no data-dependent shape.
+    scores (B, N) float; among (B, N) bool, with at least `count` True in each row.
+    The argsort of the argsort is the rank of each position: no loop, and no shape that depends on the data.
     """
     rank = scores.masked_fill(~among, float("inf")).argsort(dim=1, stable=True).argsort(dim=1)       # (B, N)
     return (rank < count[:, None]) & among
 
 
 def order_scores(order: str, confidence: Tensor, noise: float, uniform: Tensor, halton: Tensor) -> Tensor:
-    """Scores of the places in decoding, (B, N): the lowest are hidden again.
+    """A score for each position in decoding, (B, N): the positions with the lowest scores are masked again.
 
-    confidence (B, N) is log p of what stands there, uniform (B, N) fresh random numbers, halton (N,) the halton_rank()
-    of the places.
-      "gumbel"      confidence + noise x Gumbel noise, the paper's. noise > 0, for images: the highest, noisily, are
-                    kept. noise = -1, for text: the n lowest of log p - Gumbel are the n highest of -log p + Gumbel,
-                    so n places to hide are drawn, one after the other, from softmax(-log p)
-      "confidence"  the least confident, outright
+    confidence (B, N) is log p of the token at each position, uniform (B, N) are new random numbers, halton (N,) is
+    halton_rank() of the positions.
+      "gumbel"      confidence + noise x Gumbel noise: the paper's order for images
+      "inverse"     positions to mask are drawn, without replacement, with probabilities softmax(-log p), which are
+                    proportional to 1 / p: the authors' order for text. The n lowest of log p - Gumbel noise are the n
+                    highest of -log p + Gumbel noise, and those are such a draw (see gumbel())
+      "confidence"  the least confident are masked
       "random"      any
-      "halton"      spread evenly over the grid, the same in every picture (Besnier et al., 2025, arXiv 2503.17076)
+      "halton"      revealed positions spread evenly over the grid (Besnier et al., 2025, arXiv 2503.17076)
     """
     if order == "gumbel":
         return confidence + noise * gumbel(uniform)
+    if order == "inverse":
+        return confidence - gumbel(uniform)
     if order == "confidence":
         return confidence
     if order == "random":
@@ -106,16 +101,17 @@ def order_scores(order: str, confidence: Tensor, noise: float, uniform: Tensor, 
 
 @cache
 def halton_rank(rows: int, columns: int) -> Tensor:
-    """When each place of a grid is first met by the Halton sequence of bases 2 and 3: (rows x columns,), 0 is first."""
+    """The rank at which the Halton sequence of bases 2 and 3 first visits each cell of a grid: (rows x columns,)."""
     rank, i = {}, 0
     while len(rank) < rows * columns:
         i += 1
-        rank.setdefault(int(van_der_corput(i, 3) * rows) * columns + int(van_der_corput(i, 2) * columns), len(rank))
-    return torch.tensor([rank[place] for place in range(rows * columns)])
+        cell = int(van_der_corput(i, 3) * rows) * columns + int(van_der_corput(i, 2) * columns)
+        rank.setdefault(cell, len(rank))
+    return torch.tensor([rank[cell] for cell in range(rows * columns)])
 
 
 def van_der_corput(i: int, base: int) -> float:
-    """The digits of i > 0 mirrored at the point: 6 = 110 in base 2 -> 0.011 = 3/8. In [0, 1)."""
+    """The digits of i > 0 in reverse, behind the point: 6 = 110 in base 2 gives 0.011 = 3/8. In [0, 1)."""
     value, unit = 0.0, 1.0
     while i:
         unit /= base
@@ -127,23 +123,23 @@ def van_der_corput(i: int, base: int) -> float:
 def gumbel(uniform: Tensor) -> Tensor:
     """Standard Gumbel noise from uniform numbers in [0, 1): the same shape.
 
-    Adding it to log p and taking the n highest draws n places one after the other, each in proportion to its p.
+    The n highest of log p + Gumbel noise are n positions drawn without replacement, in proportion to p.
     """
     tiny = torch.finfo(uniform.dtype).tiny
     return -torch.log((-torch.log(uniform.clamp(min=tiny))).clamp(min=tiny))
 
 
 def sample(logits: Tensor, uniform: Tensor, top_k: int = 0) -> tuple[Tensor, Tensor]:
-    """One token per place and its probability, each (B, N), from logits (B, N, V) and uniform numbers (B, N).
+    """One token for each position and its probability, (B, N) each, from logits (B, N, V) and uniform numbers (B, N).
 
-    The token is where the cumulative distribution passes the uniform number: one random number a place instead of V.
-    top_k > 0 samples among the top_k likeliest tokens only; the probability is the one among these.
+    The token is where the cumulative distribution passes the uniform number: one random number for each position
+    instead of V. With top_k > 0 only the top_k most likely tokens are sampled, and the probability is among these.
     """
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
     p = logits.float().softmax(dim=-1)                                                               # (B, N, V)
     cumulative = p.cumsum(dim=-1)
-    # Slightly below the total, so that rounding never steps past the last token that is possible at all.
+    # Slightly below the total, so that rounding never selects a token of probability 0 behind the last possible one.
     target = uniform[..., None] * cumulative[..., -1:] * (1 - 1e-6)
     token = torch.searchsorted(cumulative, target, right=True)                                       # (B, N, 1)
     return token[..., 0], p.gather(-1, token)[..., 0]
@@ -152,10 +148,9 @@ def sample(logits: Tensor, uniform: Tensor, top_k: int = 0) -> tuple[Tensor, Ten
 if __name__ == "__main__":
     for name, n, steps, schedule in (("image", 256, 10, "cosine"), ("image", 256, 10, "square"),
                                      ("image", 16, 10, "cosine"), ("text", 16, 12, "linear")):
-        can_remask = name == "text"
-        counts = decoding_counts(torch.tensor([n]), steps, schedule, can_remask)[0].tolist()
+        counts = decoding_counts(torch.tensor([n]), steps, schedule, can_remask=name == "text")[0].tolist()
         print(f"\n{n} {name} tokens in {steps} steps, gamma {schedule}: masked before each step")
         for k, count in enumerate(counts):
             print(f"  k = {k:2}  gamma = {gamma(torch.tensor(k / steps), schedule):.3f}  {count:3}  "
                   + "#" * round(60 * count / n))
-    print(f"\nthe Halton order of 4 x 4 places, from the first (0) on\n{halton_rank(4, 4).view(4, 4).numpy()}")
+    print(f"\nthe Halton order of 4 x 4 positions, from the first (0) on\n{halton_rank(4, 4).view(4, 4).numpy()}")

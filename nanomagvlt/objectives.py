@@ -1,301 +1,244 @@
-"""Chapter 4 - The objective: hide, guess, compare (sections 3.1 to 3.5).
+"""Chapter 4 - The objective: mask tokens, predict them, compare (sections 3.1 to 3.5).
 
-One task is drawn per update. t2i hides image tokens and shows the caption, i2t hides text tokens and shows the image,
-it2it hides some of both. The loss is the cross entropy at the hidden places, and only there (eq. 1-3). Three terms
-join it; eq. 6, total_loss(), adds them up:
+One task is drawn for each update. t2i masks image tokens and shows the caption, i2t masks text tokens and shows the
+image, it2it masks some of both. The loss is the cross entropy at the masked positions, and only there (eq. 1-3). Three
+terms join it in eq. 6, total_loss():
 
-  length   how long is the caption? (section 3.2)
-  unroll   UnrollMask (section 3.3): the model's own guesses are put in, fewer places are hidden again, and the
-           ORIGINAL tokens are asked for there. Decoding looks like that: most of what is visible then are earlier
-           guesses, some of them wrong, while in the main pass all that is visible is true.
-  mixsel   MixSel (section 3.4): two images, or two captions, are put side by side as the context, and a selector token
-           says which of them is meant. A model that answers from habit, or looks at the wrong one, is found out.
+  length   the length of the caption (section 3.2)
+  unroll   UnrollMask (section 3.3): the model's own predictions replace the masked tokens, fewer positions are masked
+           again, and the ORIGINAL tokens are predicted there. Decoding has such inputs: most visible tokens are earlier
+           predictions, and some are wrong, while in the main pass every visible token is true.
+  mixsel   MixSel (section 3.4): two images, or two captions, are joined as the context, and a selector token says which
+           of them the target belongs to. A model that ignores the context, or uses the wrong one, has a high loss.
 
-Everything here is on tokens: no pixel, no string. The model is handed in, and so is the randomness, as
-`uniform(purpose, *shape)`, which gives uniform numbers in [0, 1) of shape (B, *shape), always the same for a purpose
-in one update: so that a sample's numbers can be made the same however a batch is split. (MixSel's partners and
-direction, the means, and how many numbers T text places want are still those of the batch that is handed in.)
+How to read: losses() is the whole method, one pass through the model for each term. What scale needs (parts of a batch,
+torch.compile, freeing one pass's memory before the next) wraps it from outside: see training/update.py.
 
-Shapes: B batch, N image places on G x G, V_I image and V_T text vocabulary, T text places of this batch: its longest
-caption or a little more, at most cfg.text_length. Read on in decode.py.
+A batch is a dict of tensors: image_tokens (B, N), text_tokens (B, T), text_lengths (B,) and, for MixSel, the tokens of
+the whole image squeezed to half its width, tall_tokens (B, N/2) on G x G/2, and to half its height, wide_tokens
+(B, N/2) on G/2 x G. Randomness comes from `rng` (see rng.py); the words of its purposes are part of the seed.
+
+Shapes: B batch, N image positions on G x G, T text positions of this batch, V vocabulary. Read on in decoding.py.
 """
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanomagvlt import sequence
-from nanomagvlt.masking import gamma, bottom_k_mask, num_masked, sample
+from nanomagvlt.masking import bottom_k_mask, gamma, num_masked, sample
+from nanomagvlt.rng import Rng
+from nanomagvlt.sequence import KIND, SEPARATOR, TASKS, Sequence, Task, Vocabulary, build, build_for_length, valid_mask
 
-MAIN = "mask"  # the term that validation adds up over the tasks
-Uniform = Callable[..., Tensor]
-
-# image_tokens (B, N), text_tokens (B, T), text_lengths (B,); and for MixSel the tokens of the image squeezed to half
-# its width, tall_tokens (B, N/2) on G x G/2, and to half its height, wide_tokens (B, N/2) on G/2 x G.
 Batch = dict[str, Tensor]
-Counts = dict[str, Tensor]  # see num_scored()
+Masks = dict[str, Tensor]    # for each generated piece, True (B, N) where its tokens are masked
+Terms = dict[str, Tensor]
+
+SCHEDULE = {"image": "cosine", "text": "linear"}  # gamma in training (section 3.1)
+MAIN = "mask"                # the term by which validations are compared
 
 
-def total_loss(task: str, cfg, mask: Tensor | float = 0.0, length: Tensor | float = 0.0,
-               unroll: Tensor | float = 0.0, mixsel: Tensor | float = 0.0) -> Tensor:
-    """Eq. 6, of all terms or of those given: L is a sum, so its parts may be back-propagated one by one."""
-    return (mask                                                  # L_mask
-            + cfg.length_weight * length * (task != "t2i")        # + lambda_TL L_TL, not in T2I
-            + cfg.unroll_weight * unroll * (task != "it2it")      # + lambda_UM L_UM, not in IT2IT
-            + cfg.mixsel_weight * mixsel)                         # + lambda_MS L_MS
+def total_loss(cfg, mask: Tensor | float = 0.0, length: Tensor | float = 0.0, unroll: Tensor | float = 0.0,
+               mixsel: Tensor | float = 0.0) -> Tensor:
+    """The loss of one update. A term that the task does not have (see TASKS) is 0."""
+    return (mask                              # L_mask                              eq. 6
+            + cfg.length_weight * length      # + lambda_TL L_TL, not in T2I
+            + cfg.unroll_weight * unroll      # + lambda_UM L_UM, not in IT2IT
+            + cfg.mixsel_weight * mixsel)     # + lambda_MS L_MS
 
 
-def loss_terms(model, task: str, batch: Batch, uniform: Uniform,
-               counts: Counts | None = None, run: Callable | None = None) -> Iterator[dict[str, Tensor]]:
-    """The terms of eq. 6 for one batch of one task, unweighted, pass after pass through the model.
+def losses(model, task: str, batch: Batch, rng: Rng, run: Callable | None = None) -> tuple[Tensor, Terms]:
+    """The loss of one batch of one task, and its terms by name, without their weights.
 
-    The terms of one pass are yielded at a time, so that the caller can back-propagate and free them before the next.
-    If the batch is one part of an update's, `counts` holds num_scored(), added up over all parts: each term is then
-    divided by the whole update's count, and the parts' terms add up to the update's mean. `run` is one_pass(), perhaps
-    compiled.
+    `run` is run_pass(), or a wrapper that also does the backward pass of each term (see training/update.py).
     """
-    cfg, with_captions, counts, run = model.cfg, batch, counts or {}, run or one_pass
-    if task == "t2i" and cfg.condition_dropout and model.training:
-        batch = drop_captions(batch, uniform, cfg)
-    text_tokens, lengths = batch["text_tokens"], batch["text_lengths"]
-    image_is_masked, text_is_masked = sample_masks(task, *maskable(task, batch), uniform, "main", cfg)
-
-    seq = sequence.build(task, cfg, batch["image_tokens"], image_is_masked, text_tokens, text_is_masked, lengths)
-    loss, logits, length_logits = run(model, task, seq, batch, counts.get("mask"))
-    terms = {"mask": loss}
-    if length_logits is not None:
-        terms["length"] = length_loss(length_logits, lengths, counts.get("length"))
-    yield terms
-    if cfg.unroll_mask and task != "it2it":
-        # No gradient flows through a guess: it is a number, drawn from the main pass's logits at temperature 1.
-        guessed, _ = sample(logits, uniform("unroll guesses", logits.shape[1]))                      # (B, N) or (B, T)
-    del terms, loss, logits, length_logits  # the logits are large, and would be held through the next pass
-
-    if task != "t2i" and cfg.length_pass == "own":
-        # In the main pass BOT does not see the text, but the image places do, and BOT sees those: from the second
-        # block on it can read off how many text places there are, which is the answer. Decoding does not know it
-        # yet. So here the text is what it is there: a fixed number of masked places.
-        seq_length = sequence.build_for_length(cfg, batch["image_tokens"], image_is_masked)
-        with bfloat16_if_wanted(cfg, seq_length):
-            length_logits = model.length_logits(model(seq_length), seq_length.layout)                # (B, T)
-        yield {"length": length_loss(length_logits, lengths, counts.get("length"))}
-    if cfg.unroll_mask and task != "it2it":
-        yield {"unroll": unroll_mask(model, task, batch, image_is_masked, text_is_masked, guessed, uniform,
-                                     counts.get("unroll"), run)}
+    cfg, record, run = model.cfg, TASKS[task], run or run_pass
+    shown = drop_captions(record, batch, rng, cfg) if cfg.condition_dropout and model.training else batch
+    masks = sample_masks(record, maskable(record, batch), rng, "main", cfg)
+    terms, logits = run(model, "mask", build(task, cfg, shown, masks), batch)
+    predictions = {piece: sample(values, rng("unroll guesses", values.shape[1]))[0]                  # (B, N)
+                   for piece, values in logits.items()}
+    del logits  # they are large, and would stay in memory through the next passes
+    if record.length_of and cfg.length_pass == "own":
+        terms |= run(model, "length", build_for_length(task, cfg, batch, masks), batch)[0]
+    if cfg.unroll_mask and record.unroll:
+        again = remask(record, batch, masks, rng, cfg)
+        filled = {f"{piece}_tokens": torch.where(masks[piece], predictions[piece], batch[f"{piece}_tokens"])
+                  for piece in record.generates}
+        terms |= run(model, "unroll", build(task, cfg, {**shown, **filled}, again), batch)[0]        # eq. 4
     if cfg.mixsel != "off":
-        yield {"mixsel": mixsel(model, task, with_captions, uniform, counts.get("mixsel"), run)}
+        mixed, masks, selector = mix(task, batch, rng, cfg)
+        selector = selector if cfg.mixsel == "select" else None  # "random" is MixRandom: nothing is selected
+        terms |= run(model, "mixsel", build(task, cfg, mixed, masks, selector), mixed)[0]
+    return total_loss(cfg, **terms), terms
 
 
-def num_scored(task: str, batch: Batch, uniform: Uniform, cfg) -> Counts:
-    """The denominators of the means, which can be told without running the model.
+# ---------------------------------------------------------------------------------------------- one pass
 
-    Of mask, unroll and mixsel: how many image places and text places are scored, (2,); of length: how many captions,
-    (). Captions left out for guidance do not change them: t2i scores no text.
+def run_pass(model, name: str, seq: Sequence, targets: Batch, score: Callable | None = None) -> tuple[Terms, Batch]:
+    """One pass through the model: its terms of eq. 6 and, where UnrollMask needs them, its logits by piece.
+
+    The pass "length" has no other term; with cfg.length_pass "main" the main pass has it, too. `score` is score_pass(),
+    possibly compiled.
     """
-    main = sample_masks(task, *maskable(task, batch), uniform, "main", cfg)
-    scored = {"mask": main}
-    if cfg.unroll_mask and task != "it2it":
-        scored["unroll"] = remask(task, batch, *main, uniform, cfg)
-    if cfg.mixsel != "off":
-        scored["mixsel"] = mix(task, batch, uniform, cfg).hidden
-    counts = {name: torch.stack([is_masked.sum() for is_masked in both]) for name, both in scored.items()}
-    return counts | {"length": torch.full_like(counts["mask"][0], len(batch["text_lengths"]))}
+    with autocast(model.cfg, seq.token_ids.device):
+        if name == "length":
+            return {"length": length_loss(model, model(seq), seq, targets)}, {}
+        loss, length, logits = (score or score_pass)(model, seq, targets)
+    terms = {name: loss}
+    if name == "mask" and length is not None:
+        terms["length"] = length
+    return terms, logits
 
 
-# ---------------------------------------------------------------------------------------------- hide, guess, compare
+def score_pass(model, seq: Sequence, targets: Batch) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """The loss at the masked positions of a sequence, the loss of the length or None, and the logits by piece.
 
-def maskable(task: str, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Where the task may hide a token at all: in the image (B, N), and in the text (B, T), padding excepted."""
-    return (torch.full_like(batch["image_tokens"], task != "i2t", dtype=torch.bool),
-            sequence.valid_mask(batch["text_lengths"], batch["text_tokens"].shape[1]) & (task != "t2i"))
-
-
-def sample_masks(task: str, image_maskable: Tensor, text_maskable: Tensor, uniform: Uniform, purpose: str, cfg,
-         image_rounding: Callable = torch.ceil) -> tuple[Tensor, Tensor]:
-    """Which tokens are hidden, of those that may be: image_is_masked (B, N) and text_is_masked (B, T), bool.
-
-    r ~ U[0, 1] stands for a moment of decoding (section 3.1). In each hidden modality ceil(gamma(r) N) of the N places
-    that may be, chosen uniformly, are masked: at least 1, if there are any. In it2it both come from one r. In the
-    authors' code they run in opposite directions: a fully hidden image comes with a visible caption, and the reverse;
-    cfg.it2it_ratio "same" hides much of both or little of both, as the paper has it.
+    The targets are the original tokens, whatever the sequence shows. it2it adds two means, over all masked image
+    positions and over all masked text positions of the batch (eq. 3); the paper writes sums.
     """
-    r = uniform(f"{purpose} r")                                                                      # (B,)
-    r_text = 1 - r if task == "it2it" and cfg.it2it_ratio == "opposite" else r
-    num_image = num_masked(gamma(r, "cosine"), image_maskable.sum(1), image_rounding)                # (B,)
-    num_text = num_masked(gamma(r_text, "linear"), text_maskable.sum(1))                             # (B,)
-    return (bottom_k_mask(uniform(f"{purpose} image places", image_maskable.shape[1]), num_image, image_maskable),
-            bottom_k_mask(uniform(f"{purpose} text places", text_maskable.shape[1]), num_text, text_maskable))
+    cfg, loss, logits = model.cfg, 0.0, {}
+    states = model(seq)                                                                              # (B, L, D)
+    for piece in seq.task.generates:
+        where = seq.slices[piece]
+        scored = model.logits(states[:, where], KIND[piece])                                         # (B, N, V)
+        loss = loss + masked_cross_entropy(scored, targets[f"{piece}_tokens"], seq.is_masked[:, where],
+                                           cfg.label_smoothing)                                      # eq. 1-3
+        if seq.task.unroll and cfg.unroll_mask:
+            logits[piece] = scored.detach()
+    has_length = seq.task.length_of and cfg.length_pass == "main"
+    return loss, length_loss(model, states, seq, targets) if has_length else None, logits
 
 
-def drop_captions(batch: Batch, uniform: Uniform, cfg) -> Batch:
-    """The batch, a share cfg.condition_dropout of its captions empty: the end token alone. What such an image looks
-    like is what guidance goes away from (see draw_image() in decode.py)."""
-    drop = uniform("captions left out") < cfg.condition_dropout                                      # (B,)
-    return {**batch, "text_tokens": batch["text_tokens"].masked_fill(drop[:, None], cfg.end_token),
-            "text_lengths": batch["text_lengths"].masked_fill(drop, 1)}
+def autocast(cfg, device: torch.device) -> torch.autocast:
+    """With cfg.precision "bf16" matrix products are in bfloat16; weights, residuals and losses stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
 
 
-def one_pass(model, task: str, seq: sequence.Sequence, targets: Batch,
-             counts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Reads a sequence and scores it: loss, logits as score() gives them and, if cfg.length_pass is "main" and there is
-    a text to be written, length logits (B, T). Compiled it is one graph, so nothing large comes out with a gradient."""
-    with bfloat16_if_wanted(model.cfg, seq):
-        states = model(seq)                                                                          # (B, L, D)
-        loss, logits = score(model, task, states, seq, targets, counts)
-        asks_length = model.cfg.length_pass == "main" and task != "t2i"
-        return loss, logits.detach(), model.length_logits(states, seq.layout) if asks_length else None
+def masked_cross_entropy(logits: Tensor, targets: Tensor, is_masked: Tensor, smoothing: float) -> Tensor:
+    """The mean cross entropy over the masked positions of the batch: a scalar, 0 if none is masked.
 
-
-def bfloat16_if_wanted(cfg, seq: sequence.Sequence) -> torch.autocast:
-    """With cfg.precision "bf16" matrices are multiplied in bfloat16; weights, residuals and the loss stay float32."""
-    return torch.autocast(seq.token_ids.device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
-
-
-def score(model, task: str, states: Tensor, seq: sequence.Sequence, targets: Batch,
-          counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The loss at the masked places of a pass, and the logits of what is hidden (in it2it those of the text).
-
-    The targets are the original tokens, whatever stood in the sequence. A modality that is only shown is not scored.
-    it2it adds two means, one over all masked image places, one over all masked text places (eq. 3); the paper writes
-    sums. counts (2,) are those numbers of places, if they are not this batch's own.
-    """
-    smoothing, loss, logits = model.cfg.label_smoothing, 0.0, None
-    of_image, of_text = (None, None) if counts is None else counts
-    if task != "i2t":
-        logits, is_masked = model.image_logits(states, seq.layout), seq.is_masked[:, seq.layout.image]
-        loss = loss + masked_cross_entropy(logits, targets["image_tokens"], is_masked, smoothing, of_image)   # eq. 2
-    if task != "t2i":
-        logits, is_masked = model.text_logits(states, seq.layout), seq.is_masked[:, seq.layout.text]
-        loss = loss + masked_cross_entropy(logits, targets["text_tokens"], is_masked, smoothing, of_text)      # eq. 1
-    return loss, logits
-
-
-def masked_cross_entropy(logits: Tensor, targets: Tensor, is_masked: Tensor, smoothing: float,
-                         count: Tensor | None = None) -> Tensor:
-    """Mean cross entropy over the masked places of the whole batch (eq. 1-3): a scalar, 0 where none is masked.
-
-    logits (B, N, V), targets (B, N) long, is_masked (B, N) bool; count (), if given, is the number of places that the
-    mean is over, in place of this batch's own. Label smoothing spreads `smoothing` of the target over the modality's
-    own vocabulary. Visible places are ignored, not gathered out, so that no shape depends on the mask.
+    logits (B, N, V), targets (B, N) long, is_masked (B, N) bool. Label smoothing spreads `smoothing` of the target over
+    the modality's own vocabulary. Visible positions are ignored, not removed, so that no shape depends on the mask.
     """
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.masked_fill(~is_masked, -100).flatten(),
                             ignore_index=-100, label_smoothing=smoothing, reduction="sum")
-    return total / (is_masked.sum() if count is None else count).clamp(min=1)
+    return total / is_masked.sum().clamp(min=1)
 
 
-def length_loss(logits: Tensor, lengths: Tensor, count: Tensor | None = None) -> Tensor:
-    """L_TL (section 3.2): the cross entropy of the captions' lengths (B,), class i of the logits (B, T) for length
-    i + 1. A mean over count captions, if not over those of this batch."""
-    total = F.cross_entropy(logits.float(), lengths - 1, reduction="sum")
-    return total / (len(lengths) if count is None else count)
+def length_loss(model, states: Tensor, seq: Sequence, targets: Batch) -> Tensor:
+    """L_TL: the mean cross entropy of the texts' lengths, read at BOT from the states (B, L, D) (section 3.2)."""
+    lengths = targets[f"{seq.task.length_of}_lengths"]
+    total = F.cross_entropy(model.length_logits(states, seq).float(), lengths - 1, reduction="sum")
+    return total / len(lengths)
 
 
-# ---------------------------------------------------------------------------------------------- UnrollMask
+# ---------------------------------------------------------------------------------------------- what is masked
 
-def unroll_mask(model, task: str, batch: Batch, image_is_masked: Tensor, text_is_masked: Tensor, guessed: Tensor,
-                uniform: Uniform, counts: Tensor | None = None, run: Callable = one_pass) -> Tensor:
-    """L_UM (section 3.3, figure 3; eq. 4): one step of decoding, played in training.
+def maskable(record: Task, batch: Batch) -> Masks:
+    """True (B, N) at the positions of each generated piece that may be masked: all, except padding."""
+    tokens = {piece: batch[f"{piece}_tokens"] for piece in record.generates}
+    return {piece: torch.ones_like(values, dtype=torch.bool) if KIND[piece] == "image" else
+            valid_mask(batch[f"{piece}_lengths"], values.shape[1]) for piece, values in tokens.items()}
 
-    guessed (B, N) in t2i, (B, T) in i2t: the main pass's guesses. They fill the places that were masked; some of these
-    are masked again, at random (decoding takes the least confident); the originals are asked for there, and only
-    there. Guesses that stay visible stay as they are, right or wrong: the model learns to go on from its own mistakes.
+
+def sample_masks(record: Task, maskable: Masks, rng: Rng, purpose: str, cfg,
+                 image_rounding: Callable = torch.ceil) -> Masks:
+    """Random masks for the generated pieces, (B, N) bool each, among the positions that may be masked.
+
+    r ~ U[0, 1] is the progress of decoding (section 3.1): ceil(gamma(r) N) of the N positions, chosen uniformly, are
+    masked, and at least 1. In it2it both pieces share one r. In the authors' code their mask ratios run in opposite
+    directions: a fully masked image comes with a visible caption, and the reverse. With cfg.it2it_ratio "same" both
+    ratios are high or both are low, as the paper's text has it.
     """
-    cfg, image_tokens, text_tokens = model.cfg, batch["image_tokens"], batch["text_tokens"]
-    if task == "t2i":
-        image_tokens = torch.where(image_is_masked, guessed, image_tokens)
-    else:
-        text_tokens = torch.where(text_is_masked, guessed, text_tokens)
-    image_again, text_again = remask(task, batch, image_is_masked, text_is_masked, uniform, cfg)
-    seq = sequence.build(task, cfg, image_tokens, image_again, text_tokens, text_again, batch["text_lengths"])
-    return run(model, task, seq, batch, counts)[0]                                                   # eq. 4
+    r, masks = rng(f"{purpose} r"), {}                                                               # (B,)
+    for piece, allowed in maskable.items():
+        is_reversed = len(maskable) > 1 and KIND[piece] == "text" and cfg.it2it_ratio == "opposite"
+        share = gamma(1 - r if is_reversed else r, SCHEDULE[KIND[piece]])                            # (B,)
+        count = num_masked(share, allowed.sum(1), image_rounding if KIND[piece] == "image" else torch.ceil)
+        masks[piece] = bottom_k_mask(rng(f"{purpose} {piece} places", allowed.shape[1]), count, allowed)
+    return masks
 
 
-def remask(task: str, batch: Batch, image_is_masked: Tensor, text_is_masked: Tensor, uniform: Uniform,
-               cfg) -> tuple[Tensor, Tensor]:
-    """Which tokens are masked again, (B, N) and (B, T) bool: with a fresh r', floor(gamma(r') x the number masked
-    before), at least 1, of those that were or, for text as an option, of all: decoding may mask any word again."""
-    was_masked, schedule = (image_is_masked, "cosine") if task == "t2i" else (text_is_masked, "linear")
-    among = was_masked
-    if task == "i2t" and cfg.unroll_text == "all":
-        among = sequence.valid_mask(batch["text_lengths"], was_masked.shape[1])
-    count = num_masked(gamma(uniform("unroll r"), schedule), was_masked.sum(1), torch.floor)         # (B,)
-    again = bottom_k_mask(uniform("unroll places", was_masked.shape[1]), count, among)
-    return (again, text_is_masked) if task == "t2i" else (image_is_masked, again)
+def remask(record: Task, batch: Batch, masks: Masks, rng: Rng, cfg) -> Masks:
+    """UnrollMask's second masks: floor(gamma(r') x the number masked before), at least 1, with a new r'.
+
+    They are chosen uniformly among the positions masked before or, with cfg.unroll_text "all", among all positions of a
+    text: decoding can mask any text token again. (Decoding chooses the least confident; eq. 4 leaves this open.)
+    """
+    (piece,), share = record.generates, rng("unroll r")
+    count = num_masked(gamma(share, SCHEDULE[KIND[piece]]), masks[piece].sum(1), torch.floor)        # (B,)
+    anywhere = KIND[piece] == "text" and cfg.unroll_text == "all"
+    among = (maskable(record, batch) if anywhere else masks)[piece]                                  # (B, N)
+    return {piece: bottom_k_mask(rng("unroll places", among.shape[1]), count, among)}
+
+
+def drop_captions(record: Task, batch: Batch, rng: Rng, cfg) -> Batch:
+    """The batch, with a share cfg.condition_dropout of the given texts empty: only their end token is left.
+
+    Classifier-free guidance needs a model that has learnt this (see generate() in decoding.py).
+    """
+    drop, shown = rng("captions left out") < cfg.condition_dropout, dict(batch)                      # (B,)
+    for piece in record.given:
+        if KIND[piece] == "text":
+            shown[f"{piece}_tokens"] = batch[f"{piece}_tokens"].masked_fill(drop[:, None], cfg.end_token)
+            shown[f"{piece}_lengths"] = batch[f"{piece}_lengths"].masked_fill(drop, 1)
+    return shown
 
 
 # ---------------------------------------------------------------------------------------------- MixSel
 
-def mixsel(model, task: str, batch: Batch, uniform: Uniform, counts: Tensor | None = None,
-           run: Callable = one_pass) -> Tensor:
-    """L_MS (section 3.4, figure 5): two contexts side by side; the selector, in BOG's place, says which is meant.
+def mix(task: str, batch: Batch, rng: Rng, cfg) -> tuple[Batch, Masks, Tensor]:
+    """MixSel's batch (figure 5), its masks, and its selectors (B,), which are special tokens.
 
-    cfg.mixsel "random" is the paper's control, MixRandom: the same mixes, and no word about which is meant.
-    """
-    cfg, mixed = model.cfg, mix(task, batch, uniform, model.cfg)
-    seq = sequence.build(task, cfg, mixed.shown["image_tokens"], mixed.hidden[0], mixed.shown["text_tokens"],
-                         mixed.hidden[1], mixed.shown["text_lengths"],
-                         mixed.selector if cfg.mixsel == "select" else None)
-    return run(model, task, seq, mixed.shown, counts)[0]
-
-
-@dataclass
-class Mix:
-    """A batch of mixes: tokens and lengths, what is hidden of them, and which context is meant."""
-    shown: Batch                    # what the model reads and, where it is hidden, the targets
-    hidden: tuple[Tensor, Tensor]   # (B, N) and (B, T') bool
-    selector: Tensor                # (B,) LEFT, RIGHT, TOP or BOTTOM
-
-
-def mix(task: str, batch: Batch, uniform: Uniform, cfg) -> Mix:
-    """Joins each sample's own context with that of a partner, another sample of the batch, in random order.
-
-    Its own is the one that is meant: only tokens of its own are hidden and scored, the partner's stay visible.
-      t2i    two captions, joined as a || b; the own image is drawn                 selector LEFT or RIGHT
-      i2t    two images, left|right or top|bottom; the own caption is written       LEFT, RIGHT, TOP or BOTTOM
+    Each sample's context is joined with that of another sample, in random order; the target stays its own.
+      t2i    the two captions are joined as a || b; the own image is predicted      selector LEFT or RIGHT
+      i2t    the two images, left|right or top|bottom; the own caption              LEFT, RIGHT, TOP or BOTTOM
       it2it  both are joined; the own half of the image and the own caption         LEFT, RIGHT, TOP or BOTTOM
-    LEFT and TOP say that the first is meant. The direction, left|right or top|bottom, is drawn once for all of them.
+    LEFT and TOP select the first. The direction, left|right or top|bottom, is drawn once for the batch. Only tokens of
+    the own sample are masked and scored.
     """
-    n = batch["image_tokens"].shape[1]
-    own_first = uniform("mix side") < 0.5                                                            # (B,)
-    partner = partners(uniform("mix partner"))                                                       # (B,)
+    record, vocab = TASKS[task], Vocabulary(cfg)
+    joined = record.given or record.generates            # it2it gives nothing: what it generates is joined
+    own_first = rng("mix side") < 0.5                                                                # (B,)
+    partner = partners(rng("mix partner"))                                                           # (B,)
     other = {name: tensor[partner] for name, tensor in batch.items()}
     first = {name: choose(own_first, tensor, other[name]) for name, tensor in batch.items()}
     second = {name: choose(own_first, other[name], tensor) for name, tensor in batch.items()}
-    stacked = (uniform("mix direction")[:1] < 0.5) & (task != "t2i")                                 # (1,) top|bottom?
+    has_image = any(KIND[piece] == "image" for piece in joined)
+    stacked = (rng("mix direction")[:1] < 0.5) & has_image                                           # (1,) top|bottom?
 
-    shown = dict(batch)
-    image_maskable, text_maskable = maskable(task, batch)                                            # (B, N), (B, T)
-    if task != "t2i":
-        shown["image_tokens"] = join_images(first, second, stacked)
-    if task != "i2t":
-        shown["text_tokens"], shown["text_lengths"], is_first, is_second = join_texts(first, second, cfg)
-        text_maskable = choose(own_first, is_first, is_second) & (task == "it2it")                   # (B, T)
-    if task == "it2it":
-        image_maskable = first_half(n, stacked) == own_first[:, None]                                # (B, N)
-
-    rounding = torch.floor if task == "it2it" else torch.ceil  # of the image alone: so the authors' code
-    hidden = sample_masks(task, image_maskable, text_maskable, uniform, "mix", cfg, rounding)
-    selector = torch.where(own_first, torch.where(stacked, sequence.TOP, sequence.LEFT),
-                           torch.where(stacked, sequence.BOTTOM, sequence.RIGHT))                    # (B,)
-    return Mix(shown, hidden, selector)
+    mixed, allowed = dict(batch), maskable(record, batch)
+    for piece in joined:
+        if KIND[piece] == "image":
+            mixed[f"{piece}_tokens"] = join_images(first, second, stacked)                           # (B, N)
+            own = first_half(batch[f"{piece}_tokens"].shape[1], stacked) == own_first[:, None]       # (B, N)
+        else:
+            tokens, lengths, is_first, is_second = join_texts(first, second, piece, cfg)
+            mixed |= {f"{piece}_tokens": tokens, f"{piece}_lengths": lengths}                        # (B, T'), (B,)
+            own = choose(own_first, is_first, is_second)                                             # (B, T')
+        if piece in allowed:
+            allowed[piece] = own
+    rounding = torch.ceil if record.given else torch.floor   # in it2it the authors' code rounds the image's share down
+    left, right, top, bottom = (vocab.special(name) for name in ("LEFT", "RIGHT", "TOP", "BOTTOM"))
+    selector = torch.where(own_first, torch.where(stacked, top, left), torch.where(stacked, bottom, right))  # (B,)
+    return mixed, sample_masks(record, allowed, rng, "mix", cfg, rounding), selector
 
 
 def partners(uniform: Tensor) -> Tensor:
-    """Another row for each row, from uniform numbers (B,), B > 1: in a random ring, each takes its neighbour."""
+    """Another row for each row, from uniform numbers (B,), B > 1: each takes its neighbour in a random ring."""
     ring = uniform.argsort()
     return ring.roll(1)[ring.argsort()]
 
 
 def choose(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Row by row a where condition (B,), else b."""
+    """Row by row a where condition (B,) is True, else b."""
     return torch.where(condition.view(-1, *[1] * (a.ndim - 1)), a, b)
 
 
 def join_images(first: Batch, second: Batch, stacked: Tensor) -> Tensor:
-    """Two squeezed images as one, (B, N): the tall ones side by side or, where stacked, the wide ones."""
+    """Two squeezed images as one, (B, N): the tall ones side by side, or the wide ones stacked where stacked (1,)."""
     g = math.isqrt(2 * first["tall_tokens"].shape[1])
     side_by_side = torch.cat([half["tall_tokens"].unflatten(1, (g, g // 2)) for half in (first, second)], dim=2)
     one_above_other = torch.cat([first["wide_tokens"], second["wide_tokens"]], dim=1)                # (B, N)
@@ -303,35 +246,35 @@ def join_images(first: Batch, second: Batch, stacked: Tensor) -> Tensor:
 
 
 def first_half(num_image: int, stacked: Tensor) -> Tensor:
-    """True at the image places of the left half or, where stacked (1,), of the top half: (1, N)."""
+    """True at the image positions of the left half, or of the top half where stacked (1,): (1, N)."""
     g = math.isqrt(num_image)
-    place = torch.arange(num_image, device=stacked.device)
-    return torch.where(stacked[:, None], place < num_image // 2, place % g < g // 2)
+    position = torch.arange(num_image, device=stacked.device)
+    return torch.where(stacked[:, None], position < num_image // 2, position % g < g // 2)
 
 
-def join_texts(first: Batch, second: Batch, cfg) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two captions as one, `a || b end`: tokens (B, T'), lengths (B,), and where a is and where b is.
+def join_texts(first: Batch, second: Batch, piece: str, cfg) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two texts as one, `a || b end`: tokens (B, T'), lengths (B,), and the masks of a and of b, (B, T') each.
 
-    cfg.mixsel_separators of them stand where a's end token stood. T' is what any two of the batch need, or
-    cfg.text_length: if both do not fit, the longer is cut first, and none below half. The end token belongs to neither.
+    cfg.mixsel_separators separators replace a's end token; the end token belongs to neither. T' is what any two texts
+    of the batch need, but at most cfg.text_length: the longer text is cut first, and neither below half of the room.
     """
-    gap, end_token = cfg.mixsel_separators, cfg.end_token
-    t = min(cfg.text_length, 2 * (first["text_tokens"].shape[1] - 1) + gap + 1)  # words, separators, words, end
+    name, gap, end_token = f"{piece}_tokens", cfg.mixsel_separators, cfg.end_token
+    t = min(cfg.text_length, 2 * (first[name].shape[1] - 1) + gap + 1)  # words, separators, words, end
 
-    def num_words(c: Batch) -> Tensor:  # a caption that was cut at T has no end token to leave out
-        last = c["text_tokens"].gather(1, c["text_lengths"][:, None] - 1)[:, 0]
-        return c["text_lengths"] - (last == end_token).long()
-    len_a, len_b = num_words(first), num_words(second)                                               # (B,) each
-    room = t - gap - 1                                                                               # for both
+    def num_words(text: Batch) -> Tensor:  # (B,): a text that was cut at T has no end token
+        lengths = text[f"{piece}_lengths"]
+        last = text[name].gather(1, lengths[:, None] - 1)[:, 0]
+        return lengths - (last == end_token).long()
+    len_a, len_b, room = num_words(first), num_words(second), t - gap - 1
     len_a = len_a.minimum((room - len_b).clamp(min=room // 2))
     len_b = len_b.minimum(room - len_a)
 
-    place = torch.arange(t, device=len_a.device).expand(len(len_a), t)                               # (B, T')
-    start_b = (len_a + gap)[:, None]
+    position = torch.arange(t, device=len_a.device).expand(len(len_a), t)                            # (B, T')
+    start_b = (len_a + gap)[:, None]                                                                 # (B, 1)
     end = start_b + len_b[:, None]                                                                   # (B, 1)
-    is_first, is_second = place < len_a[:, None], (place >= start_b) & (place < end)
-    words_a, words_b = (F.pad(side["text_tokens"], (0, t - side["text_tokens"].shape[1])) for side in (first, second))
-    tokens = torch.where(is_first, words_a, sequence.SEPARATOR)
-    tokens = torch.where(is_second, words_b.gather(1, (place - start_b).clamp(min=0)), tokens)
-    tokens = torch.where(place >= end, end_token, tokens)
+    is_first, is_second = position < len_a[:, None], (position >= start_b) & (position < end)
+    words_a, words_b = (F.pad(text[name], (0, t - text[name].shape[1])) for text in (first, second))
+    tokens = torch.where(is_first, words_a, SEPARATOR)
+    tokens = torch.where(is_second, words_b.gather(1, (position - start_b).clamp(min=0)), tokens)
+    tokens = torch.where(position >= end, end_token, tokens)
     return tokens, end[:, 0] + 1, is_first, is_second

@@ -1,37 +1,43 @@
-"""Appendix - Randomness: a function of (seed, step, purpose), never of what happened before.
+"""Randomness: a function of a key such as (seed, step, purpose), never of what happened before.
 
-So the same seed repeats a run, a resumed run is the run that was not interrupted, and nothing random is kept in a
-checkpoint. Everything that is drawn anywhere has a key: (seed, "task", step), say.
+So the same seed repeats a run, a resumed run equals the run that was not interrupted, and a checkpoint holds no random
+state. (Dropout alone uses PyTorch's global generator, which training reseeds by a key for each part of a batch.)
 """
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+# rng(purpose, *shape) -> uniform numbers in [0, 1) of shape (B, *shape): the same numbers whenever the same purpose is
+# asked for within one update. So each sample's numbers stay the same however a batch is split into parts.
+Rng = Callable[..., Tensor]
+
 
 def keyed_seed(*key) -> int:
-    """A seed in [0, 2^63) made of anything printable."""
+    """A seed in [0, 2^63) for a key of anything printable."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def keyed_generator(*key) -> torch.Generator:
-    """A CPU generator that always starts the same for the same key."""
+    """A CPU generator in a state that depends on the key alone."""
     return torch.Generator().manual_seed(keyed_seed(*key))
 
 
 def batch_uniform(device: torch.device, batch_size: int, part: slice, seed: int, step: int | str, purpose: str,
                   *shape: int) -> Tensor:
-    """The `uniform` of objectives.py: numbers (b, *shape) in [0, 1), a part of those of the batch (B, *shape), which
-    depend on seed, update and purpose. They are drawn on the device, so that it need not wait for them."""
+    """Uniform numbers in [0, 1), (b, *shape): rows `part` of those of the whole batch, (B, *shape).
+
+    They depend on seed, step and purpose. They are drawn on the device, so that it does not wait for them.
+    """
     generator = torch.Generator(device).manual_seed(keyed_seed(seed, step, purpose))
     return torch.rand(batch_size, *shape, generator=generator, device=device)[part]
 
 
 def random_rows(generator: torch.Generator | Iterator[torch.Generator], rows: int, count: int) -> Tensor:
-    """Uniform numbers in [0, 1), (rows, count), all from one generator, row after row.
+    """Uniform numbers in [0, 1), (rows, count), drawn row after row from one generator.
 
-    Or each row from the next of several: what it becomes does then not depend on who else is in the batch.
+    Given an iterator of generators, each row takes the next one: then a row does not depend on the rest of the batch.
     """
     if isinstance(generator, torch.Generator):
         return torch.rand(rows, count, generator=generator)

@@ -1,162 +1,204 @@
-"""Chapter 2 - The sequence: what the transformer reads, and in what order.
+"""Chapter 2 - The sequence: what the transformer reads, in which order, and which position attends to which.
 
-This is the one file that knows the layout (section 3.1, appendix A; the details are those of the authors' released
-code). An image is N tokens, a caption T places of which the first `length` are real:
+A task is data: a record in TASKS. It lists the pieces of the sequence in order, the pieces whose tokens are masked and
+generated, and the passes of training that it has. All other files read these records (section 3.1, appendix A):
 
-  t2i           BOC BOT text[T] BOG BOI image[N]       the caption is given, the image is drawn
-  i2t, it2it    BOC BOI image[N] BOG BOT text[T]       the image is given, or both are partly hidden
+  t2i           BOC BOT text[T] BOG BOI image[N]       the caption is given, the image is generated
+  i2t           BOC BOI image[N] BOG BOT text[T]       the image is given, the caption is generated
+  it2it         BOC BOI image[N] BOG BOT text[T]       both are partly masked, and generated together
 
-BOI and BOT begin an image and a text, BOC the first half of the sequence, which is given, BOG the second, which is
-generated. (LEFT, RIGHT, TOP, BOTTOM take BOG's place when two contexts are mixed, and say which of them is meant.)
-MASK_IMG and MASK_TXT stand where a token is hidden.
+BOI and BOT begin an image and a text, BOC begins the given half of the sequence, BOG the generated half. (LEFT, RIGHT,
+TOP, BOTTOM replace BOG when two contexts are mixed, and select one of them: see MixSel in objectives.py.) MASK_IMG and
+MASK_TXT stand where a token is masked. A text has T positions; those from its length on are padding.
 
-Every place is a row of two tables, added up:
-  token table      image ids first, then text ids, then the ten special tokens
-  position table   N rows for image places, T for text places, N + T + 4 special rows: the k-th of the four special
-                   tokens in the sequence has special row k, whichever token it is
-and a masked place adds a third row to its MASK token and its own position: special row p for the p-th place of an
-image and for the p-th place of a text alike. It looks arbitrary, and leaves most special rows unused; but the released
-weights were trained so, and do not work without it.
+The input at a position is the sum of two rows (the details are those of the authors' released code):
+  token table      image tokens first, then text tokens, then the ten special tokens
+  position table   N rows for an image, T for a text, N + T + 4 special rows: the k-th special token of the sequence has
+                   special row k, whichever token it is
+and a masked position adds a third row to its MASK token and its own position: special row p for the p-th position of an
+image, and for the p-th of a text. This looks arbitrary, but the released weights do not work without it.
 
-Who may attend to whom: all to all, except that nobody sees padding text, and that where the text comes last the
-row of BOT does not see the text after it: BOT is what the caption's length is read from. (That closes the direct path
-only: see build_for_length().)
+Attention: every position attends to every other, except that (1) no position attends to padding, and (2) BOT does not
+attend to the text behind it where the text's length is predicted, which is done at BOT. (In ARGVLT, chapter 6, each
+position attends only to itself and to the positions before it.)
 
-Shapes: B batch, N image places, T text places, L = N + T + 4, V_I and V_T vocabularies.
-`python -m nanomagvlt.sequence` draws the layouts. Read on in model.py.
+Shapes: B batch, N image positions, T text positions, L = N + T + 4, V_I and V_T vocabularies.
+`python -m nanomagvlt.sequence` prints the layouts. Read on in model.py.
 """
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nanomagvlt.config import Config
-
 SPECIAL_TOKENS = ("BOI", "BOT", "BOC", "BOG", "MASK_IMG", "MASK_TXT", "LEFT", "RIGHT", "TOP", "BOTTOM")
-BOI, BOT, BOC, BOG, MASK_IMG, MASK_TXT, LEFT, RIGHT, TOP, BOTTOM = range(10)
+MASK_TOKEN = {"image": "MASK_IMG", "text": "MASK_TXT"}
+SEPARATOR = 91  # "|", in the text vocabularies of CLIP and of bpe.py: between two mixed captions
 
-SEPARATOR = 91  # "|", with no word's end, in the text vocabularies of CLIP and of bpe.py: between two mixed captions
-
-TEXT_FIRST = ("BOC", "BOT", "text", "BOG", "BOI", "image")
-IMAGE_FIRST = ("BOC", "BOI", "image", "BOG", "BOT", "text")
-ORDER = {"t2i": TEXT_FIRST, "i2t": IMAGE_FIRST, "it2it": IMAGE_FIRST}
-TASKS = tuple(ORDER)
+# The kind of each piece: its vocabulary. Its tokens are batch["PIECE_tokens"], and a text's lengths "PIECE_lengths".
+KIND = {"image": "image", "text": "text"}
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where things stand in the sequence of one task."""
-    image: slice        # the N image places
-    text: slice         # the T text places
-    bog: int            # BOG's place: there begins the half that is generated
-    bot: int            # BOT's place: the length is read there
-    bot_sees_all: bool  # False where the text comes last: BOT then does not look beyond itself
+class Task:
+    """One task, as data."""
+    pieces: tuple[str, ...]     # the sequence in order: special tokens, and pieces of KIND
+    generates: tuple[str, ...]  # the pieces whose tokens may be masked: they are predicted and scored
+    unroll: bool                # whether UnrollMask adds a pass in training
+    length_of: str | None       # the text whose length is predicted, at the BOT in front of it
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The pieces that are only shown."""
+        return tuple(piece for piece in self.pieces if piece in KIND and piece not in self.generates)
 
 
-def layout(task: str, num_image: int, num_text: int) -> Layout:
-    """The layout of "t2i", "i2t" or "it2it" for N image and T text places. Raises ValueError for another task."""
-    if task not in ORDER:
-        raise ValueError(f"no task {task!r}; there are: {', '.join(TASKS)}")
-    start, begins = 0, {}
-    for name in ORDER[task]:
-        begins[name] = start
-        start += {"image": num_image, "text": num_text}.get(name, 1)
-    return Layout(image=slice(begins["image"], begins["image"] + num_image),
-                  text=slice(begins["text"], begins["text"] + num_text),
-                  bog=begins["BOG"], bot=begins["BOT"], bot_sees_all=ORDER[task] == TEXT_FIRST)
+TEXT_FIRST, IMAGE_FIRST = ("BOC", "BOT", "text", "BOG", "BOI", "image"), ("BOC", "BOI", "image", "BOG", "BOT", "text")
+TASKS = {"t2i": Task(TEXT_FIRST, generates=("image",), unroll=True, length_of=None),
+         "i2t": Task(IMAGE_FIRST, generates=("text",), unroll=True, length_of="text"),
+         "it2it": Task(IMAGE_FIRST, generates=("image", "text"), unroll=False, length_of="text")}
+
+
+class Vocabulary:
+    """The rows of the token table and of the position table. Everything that needs an offset or a size asks here."""
+
+    def __init__(self, cfg):
+        split, n, t = cfg.codebook_size, cfg.image_tokens, cfg.text_length
+        self.tokens = {"image": slice(0, split), "text": slice(split, split + cfg.text_vocab)}
+        self.first_special = split + cfg.text_vocab
+        self.num_tokens = self.first_special + len(SPECIAL_TOKENS)
+        self.positions = {"image": slice(0, n), "text": slice(n, n + t)}
+        self.special_positions = slice(n + t, 2 * (n + t) + 4)
+        # A second piece of a kind in one task, a second text for example, has rows of its own behind the special rows.
+        kinds = [[KIND[piece] for piece in TASKS[task].pieces if piece in KIND] for task in cfg.tasks]
+        most = max(of_task.count(kind) for of_task in kinds for kind in of_task)
+        self.num_positions = self.special_positions.stop + (most - 1) * (n + t)
+
+    def special(self, name: str) -> int:
+        """The token row of a special token."""
+        return self.first_special + SPECIAL_TOKENS.index(name)
+
+    def position_rows(self, kind: str, repeat: int, count: int, device=None) -> Tensor:
+        """The position rows (count,) of a task's first piece of a kind (repeat 0), or of a further one."""
+        start = self.positions[kind].start
+        if repeat:
+            start += self.special_positions.stop + (repeat - 1) * self.special_positions.start
+        return torch.arange(start, start + count, device=device)
 
 
 @dataclass
 class Sequence:
-    """What the transformer reads: rows of its tables, and who is hidden or absent."""
-    token_ids: Tensor   # (B, L) rows of the token table, MASK tokens put in
-    place_ids: Tensor   # (L,)   rows of the position table
-    masked_ids: Tensor  # (L,)   rows of the position table that a masked place adds
-    is_masked: Tensor   # (B, L) True: hidden, to be predicted
-    is_valid: Tensor    # (B, L) True: a real token, not padding
-    layout: Layout
+    """What the transformer reads."""
+    task: Task
+    token_ids: Tensor           # (B, L) rows of the token table, MASK tokens where masked
+    position_ids: Tensor        # (L,)   rows of the position table
+    masked_ids: Tensor          # (L,)   rows of the position table that a masked position adds
+    is_masked: Tensor           # (B, L) True: hidden, and predicted
+    is_valid: Tensor            # (B, L) True: a real token; False: padding
+    attn_mask: Tensor           # (B, 1, 1, L), or (B, 1, L, L) if causal. True: the query (row) attends to the key
+    slices: dict[str, slice]    # the positions of each piece
+    bog: int                    # the position of BOG: the generated half begins here
+    bot: int | None             # the position that predicts the length and attends only up to itself; None: no such
 
 
 def valid_mask(lengths: Tensor, num_text: int) -> Tensor:
-    """True at the places before each caption's length: (B,) long -> (B, T) bool."""
+    """True at the positions before each text's length (B,), which are not padding: (B, T) bool."""
     return torch.arange(num_text, device=lengths.device) < lengths[:, None]
 
 
-def build(task: str, cfg: Config, image_tokens: Tensor, image_is_masked: Tensor,
-          text_tokens: Tensor, text_is_masked: Tensor, text_lengths: Tensor,
+def attention_rule(is_valid: Tensor, causal: bool) -> Tensor:
+    """Which key (column) each query (row) attends to, by is_valid (B, L): (B, 1, 1, L), or (B, 1, L, L) if causal.
+
+    BOT's row is not in it: a (B, L, L) mask for the sake of one row would cost L times the memory. The model computes
+    that row apart (Sequence.bot).
+    """
+    attn_mask = is_valid[:, None, None, :]                                       # no query attends to padding
+    if causal:
+        position = torch.arange(is_valid.shape[1], device=is_valid.device)
+        attn_mask = attn_mask & (position <= position[:, None])                  # nor to what stands behind it
+    return attn_mask
+
+
+def build(task: str, cfg, batch: dict[str, Tensor], masks: dict[str, Tensor] | None = None,
           selector: Tensor | None = None) -> Sequence:
-    """Puts a batch of pairs in the order of the task.
+    """Lays a batch out in the order of the task.
 
-    image_tokens (B, N) in [0, V_I), text_tokens (B, T) in [0, V_T), T up to cfg.text_length, the masks bool likewise,
-    text_lengths (B,) in 1..T: the caption's tokens, its end token included. What stands in masked places, and in
-    text places from `text_lengths` on, cannot be seen by any real token. selector (B,) is LEFT, RIGHT, TOP or BOTTOM
-    where two pairs are mixed: it takes BOG's place.
+    batch: for each piece its tokens (B, N) in [0, V), and for each text its lengths (B,) in 1..T, the end token
+    included; T is at most cfg.text_length. masks: for some pieces, True (B, N) where a token is hidden. Tokens that are
+    masked or padding do not influence any state of a real token. selector (B,): special tokens (rows of the token
+    table) in BOG's place, when two contexts are mixed.
     """
-    (batch, n), t = image_tokens.shape, text_tokens.shape[1]
-    device = image_tokens.device
-    first_special_token = cfg.codebook_size + cfg.text_vocab
-    first_special_place = n + cfg.text_length
+    record, vocab, masks = TASKS[task], Vocabulary(cfg), masks or {}
+    first = batch[f"{next(piece for piece in record.pieces if piece in KIND)}_tokens"]
+    device, columns, slices, start, seen = first.device, [], {}, 0, []
+    for name in record.pieces:
+        if name in KIND:
+            kind, tokens = KIND[name], batch[f"{name}_tokens"]                                       # (B, N)
+            is_masked = masks.get(name, torch.zeros_like(tokens, dtype=torch.bool))
+            ids = (tokens + vocab.tokens[kind].start).masked_fill(is_masked, vocab.special(MASK_TOKEN[kind]))
+            rows = vocab.position_rows(kind, seen.count(kind), tokens.shape[1], device)              # (N,)
+            is_valid = torch.ones_like(is_masked) if kind == "image" else valid_mask(batch[f"{name}_lengths"],
+                                                                                     tokens.shape[1])
+            added = vocab.special_positions.start + torch.arange(tokens.shape[1], device=device)     # (N,)
+            seen.append(kind)
+        else:  # a special token: the k-th has special row k; it is never masked
+            ids = torch.full_like(first[:, :1], vocab.special(name))                                 # (B, 1)
+            if name == "BOG" and selector is not None:
+                ids = selector[:, None]
+            k = len(columns) - len(seen)
+            rows = added = torch.arange(1, device=device) + vocab.special_positions.start + k        # (1,)
+            is_masked, is_valid = (torch.full_like(ids, value, dtype=torch.bool) for value in (False, True))
+        columns.append((ids, rows, added, is_masked, is_valid))
+        slices[name] = slice(start, start + ids.shape[1])
+        start = slices[name].stop
+    ids, rows, added, is_masked, is_valid = (torch.cat(column, dim=-1) for column in zip(*columns))
+    causal = cfg.model == "argvlt"
+    bot = slices[record.length_of].start - 1 if record.length_of and not causal else None
+    return Sequence(record, ids, rows, added, is_masked, is_valid, attention_rule(is_valid, causal), slices,
+                    slices["BOG"].start, bot)
 
-    def rows(start: int, count: int) -> Tensor:
-        return torch.arange(start, start + count, device=device)
 
-    # Each piece, in the order of Sequence's fields: token ids, place rows, rows added where masked, masked?, real?
-    pieces = {
-        "image": (image_tokens.masked_fill(image_is_masked, first_special_token + MASK_IMG),
-                  rows(0, n), rows(first_special_place, n), image_is_masked, torch.ones_like(image_is_masked)),
-        "text": ((text_tokens + cfg.codebook_size).masked_fill(text_is_masked, first_special_token + MASK_TXT),
-                 rows(n, t), rows(first_special_place, t), text_is_masked, valid_mask(text_lengths, t)),
-    }
-    specials = [name for name in ORDER[task] if name not in pieces]
-    for k, name in enumerate(specials):  # one place each, the k-th on special row k; never masked, always real
-        ids = torch.full((batch, 1), first_special_token + SPECIAL_TOKENS.index(name), device=device)
-        if name == "BOG" and selector is not None:
-            ids = first_special_token + selector[:, None]
-        row = rows(first_special_place + k, 1)
-        pieces[name] = (ids, row, row, torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
+def build_for_length(task: str, cfg, batch: dict[str, Tensor], masks: dict[str, Tensor]) -> Sequence:
+    """The sequence from which the text's length is predicted: it shows cfg.length_positions masked text positions.
 
-    columns = zip(*(pieces[name] for name in ORDER[task]))
-    return Sequence(*(torch.cat(column, dim=-1) for column in columns), layout(task, n, t))
-
-
-def build_for_length(cfg: Config, image_tokens: Tensor, image_is_masked: Tensor) -> Sequence:
-    """What the caption's length is guessed from: the image, and cfg.length_positions text places that are all masked.
-
-    How many they are matters. BOT does not see them, but the image places that it looks at do: were they as many as
-    the caption has tokens, BOT could read off at second hand what it is to guess. Padding would change nothing, so
-    there is none: the sequence ends with them.
+    Their number matters. BOT does not attend to them, but the image positions that BOT attends to do: if there were as
+    many as the text has tokens, BOT could read from these the length that it must predict.
     """
-    hidden = torch.zeros(len(image_tokens), cfg.length_positions, dtype=torch.long, device=image_tokens.device)
-    lengths = torch.full_like(hidden[:, 0], cfg.length_positions)                                       # (B,)
-    return build("i2t", cfg, image_tokens, image_is_masked, hidden, torch.ones_like(hidden, dtype=torch.bool), lengths)
+    record, name = TASKS[task], TASKS[task].length_of
+    shown = batch[f"{(record.given or record.generates)[0]}_tokens"]                                 # (B, N)
+    lengths = torch.full_like(shown[:, 0], cfg.length_positions)                                     # (B,)
+    hidden = lengths.new_zeros(len(lengths), cfg.length_positions)                                   # (B, P)
+    return build(task, cfg, {**batch, f"{name}_tokens": hidden, f"{name}_lengths": lengths},
+                 {**masks, name: torch.ones_like(hidden, dtype=torch.bool)})
 
 
-def picture(task: str, cfg: Config, image_is_masked: Tensor, text_is_masked: Tensor, text_lengths: Tensor) -> str:
-    """One sample's sequence as text, a line a place: token, position row, added row. For looking at."""
-    n, t = cfg.image_tokens, cfg.text_length
-    image_tokens, text_tokens = torch.arange(n)[None], torch.arange(t)[None]
-    seq = build(task, cfg, image_tokens, image_is_masked, text_tokens, text_is_masked, text_lengths)
+def picture(task: str, cfg, masks: dict[str, Tensor], text_lengths: Tensor) -> str:
+    """One sample's sequence as text, a line a position: token, position row, added row."""
+    vocab = Vocabulary(cfg)
+    batch = {"image_tokens": torch.arange(cfg.image_tokens)[None], "text_tokens": torch.arange(cfg.text_length)[None],
+             "text_lengths": text_lengths}
+    seq = build(task, cfg, batch, masks)
 
     def token(i: int) -> str:
-        if i >= cfg.codebook_size + cfg.text_vocab:
-            return SPECIAL_TOKENS[i - cfg.codebook_size - cfg.text_vocab]
-        return f"x{i}" if i < cfg.codebook_size else f"y{i - cfg.codebook_size}"
+        for kind, letter in (("image", "x"), ("text", "y")):  # the paper's letters
+            if i < vocab.tokens[kind].stop:
+                return f"{letter}{i - vocab.tokens[kind].start}"
+        return SPECIAL_TOKENS[i - vocab.first_special]
 
-    def place(i: int) -> str:
-        return f"image {i}" if i < n else f"text {i - n}" if i < n + t else f"special {i - n - t}"
-
-    lines = [f"{task}: BOT sees {'everything' if seq.layout.bot_sees_all else 'nothing after itself'}"]
+    def position(i: int) -> str:
+        for kind, rows in (*vocab.positions.items(), ("special", vocab.special_positions)):
+            if i < rows.stop:
+                return f"{kind} {i - rows.start}"
+    lines = [f"{task}: BOT attends to {'everything' if seq.bot is None else 'nothing behind it'}"]
     for j, i in enumerate(seq.token_ids[0].tolist()):
-        added = "+ " + place(int(seq.masked_ids[j])) if seq.is_masked[0, j] else ""
-        note = "" if seq.is_valid[0, j] else "padding: nobody attends to it"
-        lines.append(f"  {j:2}  {token(i):9} {place(int(seq.place_ids[j])):10} {added:12} {note}".rstrip())
+        added = "+ " + position(int(seq.masked_ids[j])) if seq.is_masked[0, j] else ""
+        note = "" if seq.is_valid[0, j] else "padding: no position attends to it"
+        lines.append(f"  {j:2}  {token(i):9} {position(int(seq.position_ids[j])):10} {added:12} {note}".rstrip())
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
+    from nanomagvlt.config import Config
     small = Config(image_size=16, text_length=4, codebook_size=16, text_vocab=16)  # N = 4, T = 4
-    nothing, image_some, text_some = (torch.tensor([bits], dtype=torch.bool)
-                                      for bits in ([0, 0, 0, 0], [1, 0, 1, 1], [0, 1, 1, 0]))
-    for task, image_mask, text_mask in (("t2i", image_some, nothing), ("i2t", nothing, text_some),
-                                        ("it2it", image_some, text_some)):
-        print(picture(task, small, image_mask, text_mask, torch.tensor([3])), "\n")
+    image, text = torch.tensor([[True, False, True, True]]), torch.tensor([[False, True, True, False]])
+    for task, masks in (("t2i", {"image": image}), ("i2t", {"text": text}), ("it2it", {"image": image, "text": text})):
+        print(picture(task, small, masks, torch.tensor([3])), "\n")

@@ -1,4 +1,4 @@
-"""What several tests need: a model small enough to run in milliseconds, and the shared real data, if it is there."""
+"""Fixtures of several tests: a model small enough to run in milliseconds, and the shared real data, if present."""
 import os
 import zlib
 from pathlib import Path
@@ -14,17 +14,17 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data that lies beside the project on the build machines."""
+    """The folder of real data beside the project, on the build machines."""
     if not SHARED.is_dir():
         if os.environ.get("CI") == "true":
-            pytest.fail(f"{SHARED} is absent, and CI must not skip what it holds")
+            pytest.fail(f"{SHARED} is absent, and CI must not skip its tests")
         pytest.skip(f"{SHARED} is absent")
     return SHARED
 
 
 @pytest.fixture
 def cfg() -> Config:
-    """N = 4 image tokens, T = 6 text places, D = 16."""
+    """N = 4 image tokens, T = 6 text positions, D = 16."""
     return Config(image_size=16, text_length=6, length_positions=4, codebook_size=12, codebook_dim=4, text_vocab=20,
                   vq_channels=8, vq_multipliers=(1, 1, 2, 2), vq_latent=8, vq_groups=4, layers=2, width=16, heads=2,
                   init_std=0.3, image_steps=4).check()
@@ -48,8 +48,8 @@ def batch(cfg) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def uniform(batch):
-    """The `uniform` of objectives.py: the same numbers for the same purpose."""
+def rng(batch):
+    """The rng of losses(): the same numbers for the same purpose."""
     def numbers(purpose: str, *shape: int) -> torch.Tensor:
         seed = zlib.crc32(purpose.encode())
         return torch.rand(len(batch["text_lengths"]), *shape, generator=torch.Generator().manual_seed(seed))

@@ -1,12 +1,13 @@
-"""Appendix - How good captions are by the field's measures: BLEU, ROUGE-L and CIDEr-D; METEOR and SPICE through Java.
+"""The common measures of captions: BLEU, ROUGE-L and CIDEr-D; METEOR and SPICE if Java is installed.
 
-All of them ask how much of a caption stands in what people wrote about the same image, its references. BLEU counts
-shared n-grams (Papineni et al., ACL 2002), ROUGE-L takes the longest common subsequence (Lin, 2004), CIDEr compares
-n-grams weighted by how much they tell (Vedantam et al., CVPR 2015). Numbers can be compared with published ones only
-if every detail is that of pycocoevalcap, by which they are computed, so here they are, odd ones included.
+Each measure compares a caption with its references, which people wrote about the same image:
+  BLEU      the n-grams that both have (Papineni et al., ACL 2002)
+  ROUGE-L   their longest common subsequence (Lin, 2004)
+  CIDEr-D   the n-grams that both have, rare ones with a greater weight (Vedantam et al., CVPR 2015)
+Papers publish the numbers of the package pycocoevalcap. So every detail here is as in pycocoevalcap, even the odd ones.
 
-What is counted is words as the Penn Treebank has them ("don't" is two): pycocoevalcap lets Stanford's Java tokenizer
-cut them. tokenize() does the same in its manner: equal on COCO's captions, not on every web address or smiley.
+The words are those of the Penn Treebank ("don't" is two words). pycocoevalcap uses Stanford's Java tokenizer for
+them; tokenize() gives the same words for COCO's captions, but not for every web address or emoticon.
 """
 import importlib
 import importlib.util
@@ -18,16 +19,16 @@ from pathlib import Path
 
 import regex
 
-from nanomagvlt.io import write_json
+from nanomagvlt.io import first_line, write_json
 
 # ---- words --------------------------------------------------------------------------------------------------
 
 CURLY = str.maketrans("‘’", "''")
 CUTS = regex.compile(r"(?<=\w)(?=n't\b|'(?:s|m|d|re|ve|ll)\b)|(?<=\bcan)(?=not\b)")   # do|n't, it|'s, can|not
-# The kinds of words, tried in this order. What is none of them is dropped: quotes, dashes, commas, full stops and the
-# like, which pycocoevalcap leaves out, and emoji beyond U+FFFF, which the Java program cannot read.
+# The kinds of words, tried in this order. All else is dropped: quotes, dashes, commas and full stops, because
+# pycocoevalcap omits them, and emoji beyond U+FFFF, because the Java program cannot read them.
 WORDS = regex.compile(r"""
-    n't\b | '(?:s|m|d|re|ve|ll|em)\b | '\d0s\b | 'n'                          # what CUTS cut off; '90s; rock 'n' roll
+    n't\b | '(?:s|m|d|re|ve|ll|em)\b | '\d0s\b | 'n'                          # cut off by CUTS; '90s; rock 'n' roll
   | (?:\b\p{L}\.)+(?!\w)                                                      # u.s., e.g., j.
   | \b(?:mr|mrs|ms|dr|prof|rev|st|jr|sr|mt|ave|blvd|rd|ft|inc|co|corp|ltd|vs|etc|est|dept|no(?=\.\s*\d))\.
   | \d+(?:[.,:/]\d+)+ | \.\d+\b                                               # 1,000  3.5  10:30  1/2  .5
@@ -35,7 +36,7 @@ WORDS = regex.compile(r"""
   | [\#@]\p{L}\w* | [!?]{2,} | \*+                                            # a single ! is dropped, !! is not
   | [^\s.,;:!?'"`“”…–—\-\U00010000-\U0010FFFF]                                # any other sign, one by one
 """, regex.VERBOSE)
-# PTB's names of brackets. pycocoevalcap drops them in capitals, and by then they are lower case: so they stay.
+# The Penn Treebank's names of brackets. pycocoevalcap drops them in capitals only, so these stay.
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
 
@@ -53,24 +54,24 @@ def count_ngrams(words: list[str]) -> list[Counter]:
 # ---- scores: candidates are lists of words, references lists of such lists ----------------------------------
 
 def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> list[float]:
-    """BLEU-1 to BLEU-4 of all candidates together; its counts are added up before anything is divided."""
-    right, written, length, wanted_length = [0] * 4, [0] * 4, 0, 0
+    """BLEU-1 to BLEU-4 of all candidates together: counts are summed over the candidates, then divided."""
+    matches, totals, length, reference_length = [0] * 4, [0] * 4, 0, 0
     for words, refs in zip(candidates, references):
         length += len(words)
-        wanted_length += min((abs(len(ref) - len(words)), len(ref)) for ref in refs)[1]     # the closest, or shorter
-        of_refs = [count_ngrams(ref) for ref in refs]
+        reference_length += min((abs(len(ref) - len(words)), len(ref)) for ref in refs)[1]  # the closest (or shorter)
+        ref_ngrams = [count_ngrams(ref) for ref in refs]
         for n, counts in enumerate(count_ngrams(words)):
-            written[n] += counts.total()
-            # An n-gram counts as often as it stands in that reference which has it most often.
-            right[n] += sum(min(count, max(ref[n][ngram] for ref in of_refs)) for ngram, count in counts.items())
-    # The penalty for brevity: exp(1 - r / c) where c < r. The tiny numbers, pycocoevalcap's, avoid divisions by zero.
-    penalty = math.exp(min(0.0, 1 - (wanted_length + 1e-9) / (length + 1e-15)))
-    precisions = [(r + 1e-15) / (w + 1e-9) for r, w in zip(right, written)]
+            totals[n] += counts.total()
+            # An n-gram matches at most as often as it occurs in the reference that has most of it.
+            matches[n] += sum(min(count, max(ref[n][ngram] for ref in ref_ngrams)) for ngram, count in counts.items())
+    # The brevity penalty is exp(1 - r / c) if c < r, else 1. pycocoevalcap's tiny numbers avoid divisions by zero.
+    penalty = math.exp(min(0.0, 1 - (reference_length + 1e-9) / (length + 1e-15)))
+    precisions = [(m + 1e-15) / (t + 1e-9) for m, t in zip(matches, totals)]
     return [penalty * math.prod(precisions[:n]) ** (1 / n) for n in range(1, 5)]            # geometric means
 
 
 def rouge_l(candidate: list[str], references: list[list[str]], beta: float = 1.2) -> float:
-    """ROUGE-L: F_beta of precision and recall, each by the reference for which it is best."""
+    """ROUGE-L: F_beta of the best precision and the best recall, which may come from two references."""
     common = [longest_common(candidate, ref) for ref in references]
     if not any(common):
         return 0.0
@@ -80,8 +81,8 @@ def rouge_l(candidate: list[str], references: list[list[str]], beta: float = 1.2
 
 
 def longest_common(a: list[str], b: list[str]) -> int:
-    """How many words the longest common subsequence has; gaps are allowed. Row by row of the usual table."""
-    row = [0] * (len(b) + 1)                                                   # row[j]: of a so far and b[:j]
+    """The length of the longest common subsequence (gaps are allowed), by dynamic programming."""
+    row = [0] * (len(b) + 1)                                # row[j]: the length for the words of a so far and b[:j]
     for word in a:
         diagonal = 0
         for j, other in enumerate(b, 1):
@@ -92,25 +93,25 @@ def longest_common(a: list[str], b: list[str]) -> int:
 
 
 def cider(candidates: list[list[str]], references: list[list[list[str]]], sigma: float = 6.0) -> list[float]:
-    """CIDEr-D of each candidate; its average is what is published as CIDEr (sometimes times 100).
+    """CIDEr-D of each candidate. Their mean is published as CIDEr (sometimes times 100).
 
-    An n-gram weighs log(images / images in whose references it is): "a" next to nothing, "giraffe" much. So scores
-    depend on all references that are given, and with one image everything weighs nothing.
+    The weight of an n-gram is log(images / images with the n-gram in a reference): small for "a", large for "giraffe".
+    So a score depends on the references of all images, and all weights are 0 if there is only one image.
     """
-    of_refs = [[count_ngrams(ref) for ref in refs] for refs in references]
-    seen_in = Counter(ngram for refs in of_refs for n in range(4) for ngram in set().union(*(r[n] for r in refs)))
+    ref_ngrams = [[count_ngrams(ref) for ref in refs] for refs in references]
+    num_images = Counter(ngram for refs in ref_ngrams for n in range(4) for ngram in set().union(*(r[n] for r in refs)))
 
     def vectors(ngrams: list[Counter]) -> list[tuple[dict, float]]:
-        """For each n, the weights count * log(images / seen_in), and their length."""
-        weighted = [{ngram: count * math.log(len(references) / max(1, seen_in[ngram]))
+        """For each n, the vector of count * log(images / images with the n-gram), and its length."""
+        weighted = [{ngram: count * math.log(len(references) / max(1, num_images[ngram]))
                      for ngram, count in counts.items()} for counts in ngrams]
         return [(weights, math.sqrt(sum(w * w for w in weights.values()))) for weights in weighted]
 
     scores = []
-    for words, refs, ngrams in zip(candidates, references, of_refs):
+    for words, refs, ngrams in zip(candidates, references, ref_ngrams):
         ours, total = vectors(count_ngrams(words)), 0.0
         for ref, counts in zip(refs, ngrams):
-            # The cosine, but repeating a word helps no further than the reference has it (D: min).
+            # The cosine, but a word's repetitions count at most as often as in the reference (the D in CIDEr-D).
             cosines = [sum(min(w, theirs[ngram]) * theirs[ngram] for ngram, w in mine.items() if ngram in theirs)
                        / (my_length * their_length or 1)
                        for (mine, my_length), (theirs, their_length) in zip(ours, vectors(counts))]
@@ -121,50 +122,37 @@ def cider(candidates: list[list[str]], references: list[list[list[str]]], sigma:
 
 def score_captions(results: dict[Hashable, str], references: dict[Hashable, list[str]],
                    tokenizer: Callable[[str], list[str]] = tokenize) -> dict[str, float]:
-    """Bleu_1 to Bleu_4, ROUGE_L and CIDEr, by pycocoevalcap's names. Both are by image id, and of the same images.
+    """Bleu_1 to Bleu_4, ROUGE_L and CIDEr, with pycocoevalcap's names, of {image id: caption}.
 
-    tokenizer=str.split is for text that is tokenized already. Raises ValueError, one line, as check_captions() does.
+    Use tokenizer=str.split for text that is already tokenized. Raises ValueError, one line, unless results and
+    references have the same images, at least one, and every reference has words.
     """
-    check_captions(results, references)
-    candidates = [tokenizer(text) for text in results.values()]
-    refs = [[tokenizer(text) for text in references[image]] for image in results]
-    for image, texts in zip(results, refs):
-        if not all(texts):
-            raise ValueError(f"image {image!r}: reference {texts.index([]) + 1} has no words")
+    if not results:
+        raise ValueError("there are no captions to score")
+    words = {image: [tokenizer(text) for text in texts] for image, texts in references.items()}
+    for image in results | references:
+        if image not in results or not words.get(image) or not all(words[image]):
+            raise ValueError(f"image {image!r} must have a caption, and references with at least one word each")
+    candidates, refs = [tokenizer(text) for text in results.values()], [words[image] for image in results]
     rouges = [rouge_l(*pair) for pair in zip(candidates, refs)]
     return {**{f"Bleu_{n}": value for n, value in enumerate(bleu(candidates, refs), 1)},
             "ROUGE_L": sum(rouges) / len(rouges), "CIDEr": sum(cider(candidates, refs)) / len(candidates)}
 
 
-def check_captions(results: dict[Hashable, str], references: dict[Hashable, list[str]]) -> None:
-    """Raises ValueError, one line, where captions and references are not of the same images, or there are none."""
-    if not results:
-        raise ValueError("there are no captions to score")
-    for images, others, what in ((results, references, "references"), (references, results, "caption")):
-        if missing := [image for image in images if image not in others]:
-            raise ValueError(f"{len(missing)} of {len(images)} images have no {what}, the first of them {missing[0]!r}")
-    for image, texts in references.items():
-        if not texts:
-            raise ValueError(f"image {image!r} has an empty list of references")
-
-
 # ---- files, and the metrics that are Java programs ----------------------------------------------------------
 
 def write_results_json(path: str | Path, results: dict[Hashable, str]) -> None:
-    """Captions in COCO's results format, which the evaluation server and pycocoevalcap read."""
+    """Writes captions in COCO's results format, which the evaluation server and pycocoevalcap read."""
     write_json(Path(path), [{"image_id": image, "caption": text} for image, text in results.items()])
 
 
 def java_metrics(results: dict[Hashable, str], references: dict[Hashable, list[str]]) -> tuple[dict[str, float], str]:
-    """METEOR and SPICE by pycocoevalcap, and what there is to say: one line where either is missing, else "".
+    """METEOR and SPICE by pycocoevalcap, and a note: one line if one of them is not computed, else "".
 
-    They are Java programs with dictionaries of their own, and nothing else gives their numbers. They are run if they
-    are there, on the words that tokenize() gives, and never needed. Raises ValueError as check_captions() does.
+    The arguments are those of score_captions(). The two Java programs get the words of tokenize().
     """
-    check_captions(results, references)
     if importlib.util.find_spec("pycocoevalcap") is None or shutil.which("java") is None:
-        return {}, ("METEOR and SPICE are not computed: they want Java 1.8 and `pip install pycocoevalcap`; or give "
-                    "the file of write_results_json() to a machine that has them")
+        return {}, "METEOR and SPICE are not computed: they need Java 1.8 and `pip install pycocoevalcap`"
     scores, failed = {}, []
     ours = {image: [" ".join(tokenize(text))] for image, text in results.items()}
     refs = {image: [" ".join(tokenize(text)) for text in references[image]] for image in results}
@@ -172,6 +160,6 @@ def java_metrics(results: dict[Hashable, str], references: dict[Hashable, list[s
         try:
             module = importlib.import_module(f"pycocoevalcap.{name.lower()}.{name.lower()}")
             scores[name.upper()] = float(getattr(module, name)().compute_score(refs, ours)[0])
-        except Exception as error:  # no memory, no models, another Java: each fails in its own way, and it is said
-            failed.append(f"{name.upper()} ({' '.join(str(error).split())[:100] or type(error).__name__})")
+        except Exception as error:  # too little memory, missing models, another Java: each has its own kind of error
+            failed.append(f"{name.upper()} ({first_line(error)})")
     return scores, f"pycocoevalcap could not compute {' and '.join(failed)}" if failed else ""

@@ -1,288 +1,387 @@
-"""Appendix - What the paper measures on photographs, a command each: python eval.py coco --protocol t2i ...
+"""The paper's measurements on photographs: python eval.py coco --protocol t2i ...
 
-  t2i      captions of COCO's validation photographs are drawn: FID and IS (tables 1 and 9)
-  inpaint  the centre of these photographs is drawn anew, in view of the caption: FID and IS (table 2)
-  i2t      Karpathy's test photographs are captioned: BLEU, CIDEr and the like (tables 3 and 10)
-  nocaps   and so are NoCaps' validation photographs, scored by domain (tables 4 and 10)
-  infill   the middle half of a caption is hidden, and written anew in view of the photograph (table 5)
+  t2i      draws the captions of COCO's validation images: FID and IS (tables 1 and 9)
+  inpaint  draws the centre of these images, given the rest and the caption: FID and IS (table 2)
+  i2t      captions the images of Karpathy's test split: BLEU, METEOR, CIDEr, SPICE (tables 3 and 10)
+  nocaps   captions NoCaps' validation images: the same, also by domain (tables 4 and 10)
+  infill   writes the middle half of a caption, given the rest and the image: as i2t (table 5)
 
-A protocol is a numbered list of items, a photograph and a caption each, which chunks.py works off. All chance of an
-item follows from the seed, its number, and the number of the candidate.
+A protocol is a numbered list of items; an item is an image and one of its captions. The random numbers of an item
+depend on the seed, its number and the candidate's number, and on nothing else. So the work, hours on a GPU, can be
+killed, continued, and shared by processes that never communicate: the result is the same to the byte.
 
-  begin() --> Run.work(): pictures or captions, and what networks see in them --> Run.score() --> report()
+  Measurement --> claim() its folder --> work(): files of 64 items each --> score() --> report()
 
-Shapes: B items, C candidates of each, S image side, N image tokens, E CLIP's features.
+Training leaves out what it cannot read, and counts it. A measurement leaves nothing out: a missing image is an error.
+
+Shapes: B items, C candidates of each, S image side, N image tokens, T text tokens, E CLIP's features.
 """
 import hashlib
+import json
+from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from tqdm import tqdm
 
-from nanomagvlt.sampling import edit
-from nanomagvlt.training import checkpoint
-from nanomagvlt.tokenizers.bpe import clean_caption
-from nanomagvlt.evaluation.captions import java_metrics, score_captions, tokenize, write_results_json
-from nanomagvlt.rng import keyed_generator
-from nanomagvlt.evaluation.chunks import Chunks, claim, read, write
-from nanomagvlt.sampling.clip import Judge
+import nanomagvlt
+from nanomagvlt.config import DECODING, Config
 from nanomagvlt.data.cache import encode_captions
-from nanomagvlt.evaluation.fid import Moments, clip_score, frechet_distance, inception_score
-from nanomagvlt.io import write_json
-from nanomagvlt.sampling.pipeline import Pipeline
-from nanomagvlt.evaluation.inception import Inception, inception_features
-from nanomagvlt.evaluation.photos import Item, Photo, choose_items, digest, read_photos, read_squares
+from nanomagvlt.data.sources import BadSample, CaptionedImage, open_image, read_caption_file, square
+from nanomagvlt.evaluation.captions import java_metrics, score_captions, tokenize, write_results_json
+from nanomagvlt.evaluation.fid import (Inception, clip_score, frechet_distance, inception_features, inception_score,
+                                       load_inception)
+from nanomagvlt.io import read_arrays, write_arrays, write_json
+from nanomagvlt.rng import keyed_generator
+from nanomagvlt.sampling import edit
+from nanomagvlt.sampling.clip import Judge, load_judge
+from nanomagvlt.sampling.pipeline import Pipeline, load_pipeline
+from nanomagvlt.tokenizers.bpe import clean_caption
+from nanomagvlt.training import checkpoint, distributed, pretrained
+from nanomagvlt.training.cli import Parser
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A measurement as the paper describes it, and what it found."""
-    draws: bool              # pictures are made; else captions
-    only_a_part: bool        # the rest of the picture or of the caption is given
-    num_photos: int          # in the paper's split
-    split: str               # one of Karpathy's; "" where the file is the split
-    num: int | None          # items drawn from all captions; None: each photograph with its first caption
-    candidates: int          # of which CLIP chooses
+    """A measurement as the paper describes it, and the paper's results."""
+    generates: str           # "image" or "text"
+    partial: bool            # only the centre of the image, or the middle of the caption, is generated
+    num_images: int          # in the paper's split
+    split: str               # of Karpathy's file; "" for a file without splits
+    num: int | None          # items, a random choice among all captions; None: each image with its first caption
+    candidates: int          # generated for each item; CLIP chooses one
     steps: int               # K
-    blurs: tuple[int, ...]   # the k of FID-k: 0, 1, 2, 4, 8 have DALL-E and L-Verse
-    not_said: str            # what the paper leaves open, and is our choice
-    paper: dict[str, tuple]  # of MODELS, by measure
+    blurs: tuple[int, ...]   # k of FID-k; 0, 1, 2, 4, 8 are those of DALL-E and L-Verse
+    unknown: str             # what the paper does not say
+    paper: dict[str, tuple]  # measure -> the results of MODELS
 
 
-SIDE = 256                                                     # of the paper's images
-DOMAINS = ("in-domain", "near-domain", "out-domain")           # NoCaps': how far from what COCO shows
+CHUNK = 64  # items in a file
+SIDE = 256  # of the paper's images
 MODELS = ("ARGVLT", "ARGVLT large", "MAGVLT", "MAGVLT large")
 PROTOCOLS = {
-    "t2i": Protocol(True, False, 40_504, "", 30_000, 32, 10, (0, 1, 2, 4, 8),
-                    "which captions it drew, nor which photographs it compared them with: here all of the split's", {
+    "t2i": Protocol("image", False, 40_504, "", 30_000, 32, 10, (0, 1, 2, 4, 8),
+                    "which captions it draws, and which images FID compares the drawings with (here: all)", {
                         "FID": (16.93, 13.01, 12.08, 10.14), "IS": (22.50, 23.75, 22.75, 25.15)}),
-    "inpaint": Protocol(True, True, 40_504, "", 30_000, 1, 10, (0,), "how many it painted, of how many candidates", {
-        "FID": (5.62, None, 3.17, None), "IS": (29.21, None, 30.79, None)}),
-    "i2t": Protocol(False, False, 5_000, "test", None, 64, 12, (), "at what temperature it wrote", {
+    "inpaint": Protocol("image", True, 40_504, "", 30_000, 1, 10, (0,),
+                        "how many images it fills in, and the number of candidates", {
+                            "FID": (5.62, None, 3.17, None), "IS": (29.21, None, 30.79, None)}),
+    "i2t": Protocol("text", False, 5_000, "test", None, 64, 12, (), "its sampling temperature", {
         "Bleu_4": (10.9, None, 14.6, None), "METEOR": (14.9, None, 19.0, None), "CIDEr": (45.5, 43.6, 60.4, 68.1),
         "SPICE": (11.2, 11.2, 14.3, 15.5)}),
-    "nocaps": Protocol(False, False, 4_500, "", None, 64, 12, (), "at what temperature it wrote", {
+    "nocaps": Protocol("text", False, 4_500, "", None, 64, 12, (), "its sampling temperature", {
         "overall CIDEr": (33.4, 34.1, 46.3, 55.8), "overall SPICE": (6.4, 6.1, 8.7, 9.8)}),
-    "infill": Protocol(False, True, 5_000, "test", None, 1, 12, (),
-                       "which captions it hid, of how many candidates it chose, nor against which it scored", {
+    "infill": Protocol("text", True, 5_000, "test", None, 1, 12, (),
+                       "which captions it masks, the number of candidates, and the references of the scores", {
                            "Bleu_4": (39.5, None, 42.7, None), "METEOR": (32.2, None, 35.2, None),
                            "CIDEr": (119.8, None, 135.3, None), "SPICE": (23.8, None, 26.3, None)}),
 }
-# The settings of a checkpoint on which what it makes depends.
-DECODING = ("image_", "text_", "argvlt_", "guidance", "clean_captions", "length_positions")
 
 
-# ---------------------------------------------------------------------------------------------- beginning
+# ---------------------------------------------------------------------------------------------- images and captions
 
-def begin(name: str, captions: Path, images: Path, out: Path, pipeline: Pipeline, judge: Judge | None = None,
-          inception: Inception | None = None, num: int | None = None, candidates: int | None = None, seed: int = 0,
-          split: str | None = None) -> "Run":
-    """A run that begins or goes on in the folder `out`; num, candidates and split None are the paper's.
+def read_photos(captions: Path, folder: Path, split: str | None = None) -> tuple[list[CaptionedImage], str]:
+    """The images of a caption file, which lie in `folder`, and the split ("" for a file without splits).
 
-    Raises ValueError, one line, before anything is written, where something is missing, or the folder was begun with
-    other settings.
+    Raises ValueError for a split that the file does not have, an image without a caption and an image without a file.
     """
-    protocol = PROTOCOLS[name]
-    candidates = candidates or (protocol.candidates if judge else 1)
-    if candidates > 1 and not judge:
-        raise ValueError(f"--candidates {candidates}: CLIP chooses among them, so give --clip ViT-B-32.pt, or 1")
-    photos, split = read_photos(captions, images, split)
-    items, among = choose_items(photos, num or protocol.num, protocol.num is not None)
+    photos, has_splits = read_caption_file(captions, split)
+    if split and not has_splits:
+        raise ValueError(f"--split {split}: {captions} has no splits; only Karpathy's file has them")
+    split = (split or "test") if has_splits else ""
+    if not photos:
+        raise ValueError(f"{captions}: has no images" + (f" of split {split!r}" if split else ""))
     for photo in photos:
-        if name == "nocaps" and photo.domain not in DOMAINS:
-            raise ValueError(f"{captions}: image {photo.id!r} is of domain {photo.domain!r}; NoCaps' file has "
-                             f"{', '.join(DOMAINS)}")
-        if not protocol.draws and not all(map(tokenize, photo.captions)):
-            raise ValueError(f"{captions}: image {photo.id!r} has a caption without words")
-    if inception and not protocol.blurs:
-        raise ValueError(f"--inception looks at drawings, and {name} makes none: leave it out")
-    if inception and min(len(items), len(photos)) <= inception.fc.in_features:
-        raise ValueError(f"{len(items):,} drawings and {len(photos):,} photographs are too few for FID, which wants "
-                         f"more than {inception.fc.in_features:,} of each: leave --inception out")
-    settings = {
-        "protocol": name, "captions": hashlib.sha256(captions.read_bytes()).hexdigest()[:16], "images": digest(photos),
-        "split": split, "num": len(items), "candidates": candidates, "seed": seed,
-        "weights": checkpoint.weight_hash(torch.nn.ModuleList([pipeline.model, pipeline.vqgan])),
-        "bpe": hashlib.sha256(pipeline.bpe.to_text().encode()).hexdigest()[:16],
-        "clip": judge and checkpoint.weight_hash(judge.model), "inception": inception and checkpoint.weight_hash(inception),
-        **{key: value for key, value in asdict(pipeline.cfg).items() if key.startswith(DECODING)}}
-    claim(out, settings)
-    what = (f"{len(items):,} of {among:,} {'captions' if protocol.num else 'images'} of {captions.name}"
-            f"{split and f', {split}'} ({len(photos):,} images)")
-    return Run(name, what, photos, items, pipeline, judge, inception, candidates, seed, out, settings)
+        if not photo.captions:
+            raise ValueError(f"{captions}: image {photo.id!r} has no caption")
+        if ".." in Path(photo.file).parts or Path(photo.file).is_absolute() or not (folder / photo.file).is_file():
+            raise ValueError(f"{folder} has no file {photo.file}, image {photo.id!r} of {captions}")
+    return photos, split
 
 
-@dataclass
-class Run:
-    """A protocol with all that it takes."""
-    name: str
-    what: str                # is measured, in words
-    photos: list[Photo]
-    items: list[Item]
-    pipeline: Pipeline
-    judge: Judge | None
-    inception: Inception | None
-    candidates: int
-    seed: int
-    out: Path
-    settings: dict
+def choose_items(photos: list[CaptionedImage], num: int | None, all_captions: bool) -> list[tuple[CaptionedImage, str]]:
+    """num items (None: all), chosen from all captions or from each image's first one, whatever the seed.
 
-    def __post_init__(self):
-        self.protocol = PROTOCOLS[self.name]
-        self.made, self.real = Chunks(self.out, "made", len(self.items)), Chunks(self.out, "real", len(self.photos))
-        blurs = self.protocol.blurs if self.inception else ()
-        self.references = {k: self.out / f"reference-{k}.pt" for k in blurs}   # the Moments of all photographs
+    A smaller choice is the beginning of a larger one. Raises ValueError if there are fewer than num.
+    """
+    items = [(photo, text) for photo in photos for text in (photo.captions if all_captions else photo.captions[:1])]
+    if num and num > len(items):
+        raise ValueError(f"{num:,} items, but there are only {len(items):,}: give --num {len(items)} or less")
+    order = torch.randperm(len(items), generator=keyed_generator("which items")).tolist()
+    return [items[i] for i in order[:num]]
 
-    # ------------------------------------------------------------------------------------------ the work
+
+# ---------------------------------------------------------------------------------------------- resumable work
+
+def chunks(folder: Path, kind: str, count: int) -> dict[Path, range]:
+    """The files FOLDER/KIND-00000.npz and so on, and the numbers of the items in each, at most CHUNK of them."""
+    return {folder / f"{kind}-{i // CHUNK:05d}.npz": range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)}
+
+
+def fill(files: dict[Path, range], compute: Callable[[range], dict[str, np.ndarray]], part: tuple[int, int]) -> None:
+    """Writes the missing files of part (k, n), which is every n-th file from the k-th on, k from 0.
+
+    compute(numbers) returns an array under each name, with one row for each item.
+    """
+    missing = [path for path in list(files)[part[0]::part[1]] if not path.exists()]
+    for path in tqdm(missing, unit="file", disable=not missing):
+        write_arrays(path, **compute(files[path]))
+
+
+def column(files: dict[Path, range], name: str) -> np.ndarray:
+    """The rows of all items under a name. All files must exist. Raises ValueError for a damaged one."""
+    return np.concatenate([read_arrays(path, name)[0] for path in files])
+
+
+def claim(folder: Path, settings: dict) -> None:
+    """Begins a folder, or continues in it. Its settings.json has everything that the results depend on.
+
+    A field of Config that is not in settings.json is newer than the folder: it had its default then. Raises ValueError
+    for a folder that was begun with other settings, or has other content.
+    """
+    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    if not path.is_file():
+        if folder.exists() and any(not file.name.startswith(path.name) for file in folder.iterdir()):
+            raise ValueError(f"{folder} exists and has other content: give another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+    begun_with = json.loads(json.dumps(decoding_settings(Config()))) | json.loads(path.read_text())
+    for name, value in settings.items():
+        if begun_with.get(name) != value:
+            raise ValueError(f"{folder} was begun with {name} {begun_with.get(name)}, not {value}: give the same, or "
+                             "another --out")
+
+
+def decoding_settings(cfg: Config) -> dict:
+    """The fields of Config that change what a trained model generates here."""
+    return {name: getattr(cfg, name) for name in (*DECODING, "clean_captions")}
+
+
+# ---------------------------------------------------------------------------------------------- the measurement
+
+class Measurement:
+    """A protocol with everything that it needs; `settings` has all that the results depend on."""
+
+    def __init__(self, args: Namespace, pipeline: Pipeline, judge: Judge | None, inception: Inception | None):
+        """The measurement that the flags describe. Writes nothing. Raises ValueError if something is missing."""
+        self.name, self.seed, self.protocol = args.protocol, args.seed, PROTOCOLS[args.protocol]
+        self.folder, self.out = args.images, args.out
+        self.pipeline, self.judge, self.inception = pipeline, judge, inception
+        self.candidates = args.candidates or (self.protocol.candidates if judge else 1)
+        if self.candidates > 1 and not judge:
+            raise ValueError(f"--candidates {self.candidates}: CLIP chooses one, so give --clip ViT-B-32.pt, or 1")
+        self.photos, split = read_photos(args.captions, args.images, args.split)
+        self.items = choose_items(self.photos, args.num or self.protocol.num, self.protocol.num is not None)
+        for photo in self.photos:
+            if self.protocol.generates == "text" and not all(map(tokenize, photo.captions)):
+                raise ValueError(f"{args.captions}: image {photo.id!r} has a caption without words")
+        if inception and not self.protocol.blurs:
+            raise ValueError(f"--inception measures drawings, and {self.name} makes none: leave it out")
+        if inception and min(len(self.items), len(self.photos)) <= inception.fc.in_features:
+            raise ValueError(f"{len(self.items):,} drawings and {len(self.photos):,} images are too few for FID, which "
+                             f"needs more than {inception.fc.in_features:,} of each: leave --inception out")
+        self.blurs = self.protocol.blurs if inception else ()
+        self.subject = (f"{len(self.items):,} {'captions' if self.protocol.num else 'images'} of {args.captions.name}"
+                        f"{split and f', {split}'} ({len(self.photos):,} images)")
+        files = [(str(photo.file), (self.folder / photo.file).stat().st_size) for photo in self.photos]
+        inputs = args.captions.read_bytes() + repr(files).encode() + pipeline.bpe.to_text().encode()
+        self.settings = {
+            "protocol": self.name, "split": split, "num": len(self.items), "candidates": self.candidates,
+            "seed": self.seed, "captions, images and merges": hashlib.sha256(inputs).hexdigest()[:16],
+            "weights": checkpoint.weight_hash(torch.nn.ModuleList([pipeline.model, pipeline.vqgan])),
+            "clip": judge and checkpoint.weight_hash(judge.model),
+            "inception": inception and checkpoint.weight_hash(inception),
+            "nanomagvlt": nanomagvlt.__version__, "chunk": CHUNK, **decoding_settings(pipeline.cfg)}
+        self.real = chunks(self.out, "real", len(self.photos))
+        self.generated = chunks(self.out, "generated", len(self.items))
 
     def work(self, part: tuple[int, int] | None) -> None:
-        """Makes what is missing, of the K-th of N shares or of all: photographs are looked at, items are made."""
-        if not all(path.exists() for path in self.references.values()):
-            self.real.work(self.see, part)
-        self.made.work(self.make, part)
+        """Computes what is missing of a part or of all: Inception's features of the images, and generated items."""
+        if not part:  # then no other process writes here: a kill left these files
+            for half in self.out.glob("*.tmp"):
+                half.unlink(missing_ok=True)
+        if self.blurs:
+            fill(self.real, lambda numbers: self.features(self.read([self.photos[i] for i in numbers])), part or (0, 1))
+        fill(self.generated, self.generate, part or (0, 1))
 
-    def see(self, numbers: range, progress: Callable[[int], None]) -> dict[str, Tensor]:
-        found = self.features(read_squares([self.photos[i] for i in numbers], self.pipeline.cfg.image_size))
-        progress(len(numbers))
-        return found
+    def read(self, photos: list[CaptionedImage]) -> np.ndarray:
+        """uint8 (B, S, S, 3): shorter side resized to S, centre cropped. Raises ValueError for a broken image."""
+        squares = []
+        for path in (self.folder / photo.file for photo in photos):
+            try:
+                squares.append(square(open_image(path.read_bytes()), self.pipeline.cfg.image_size))
+            except BadSample as reason:
+                raise ValueError(f"{path}: {reason}") from None
+        return np.stack(squares)
 
-    def features(self, pictures: np.ndarray) -> dict[str, Tensor]:
-        """What Inception sees in pictures, blurred by each k."""
-        return {f"inception-{k}": inception_features(self.inception, pictures, k) for k in self.references}
+    def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Inception's features of images (B, S, S, 3), blurred by each k."""
+        return {f"inception-{k}": inception_features(self.inception, images, k).numpy() for k in self.blurs}
 
-    def make(self, numbers: range, progress: Callable[[int], None]) -> dict:
-        """The chosen pictures, as tokens, or captions of items, and what CLIP and Inception see in them."""
-        size, made = max(1, self.pipeline.batch_size // self.candidates), []
-        for start in range(numbers.start, numbers.stop, size):
-            group = range(start, min(start + size, numbers.stop))
-            made.append((self.draw if self.protocol.draws else self.write)(group))
-            progress(len(group))
-        columns = {name: [row for part in made for row in part[name]] for name in made[0]}
-        pictures = columns.pop("pictures", None)
-        found = {} if pictures is None else self.features(np.stack(pictures))
-        return found | {name: rows if name == "captions" else torch.stack(rows) for name, rows in columns.items()}
+    def generate(self, numbers: range) -> dict[str, np.ndarray]:
+        """Tokens or captions of these items, with Inception's and CLIP's features."""
+        size = max(1, self.pipeline.batch_size // self.candidates)
+        batch = self.draw if self.protocol.generates == "image" else self.write
+        parts = [batch(numbers[i:i + size]) for i in range(0, len(numbers), size)]
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        features = self.features(columns.pop("images", None))                  # no images of captions, and no blurs
+        return columns | features
 
-    def draw(self, numbers: range) -> dict:
-        """C pictures of each caption, all of it or the centre of the photograph; of them the best."""
-        cfg, items, known = self.pipeline.cfg, [self.items[i] for i in numbers], ()
-        if self.protocol.only_a_part:
-            photos = read_squares([item.photo for item in items], cfg.image_size)
-            tokens = self.pipeline.image_to_tokens(photos).repeat_interleave(self.candidates, 0)    # (B C, N)
+    def draw(self, numbers: range) -> dict[str, np.ndarray]:
+        """The best of C drawings of each caption: of the whole image, or of its centre."""
+        cfg, known = self.pipeline.cfg, ()
+        photos, captions = zip(*(self.items[i] for i in numbers))
+        if self.protocol.partial:
+            originals = self.read(photos)                                                               # (B, S, S, 3)
+            tokens = self.pipeline.image_to_tokens(originals).repeat_interleave(self.candidates, 0)     # (B C, N)
             known = tokens, edit.centre_positions(cfg.grid).expand(len(tokens), -1)
-        prompts = [text for text in self.texts(items) for _ in range(self.candidates)]
-        tokens, _ = self.pipeline.draw_tokens(prompts, self.generators(numbers), *known)
-        pictures = self.pipeline.tokens_to_image(tokens)                                            # (B C, S, S, 3)
+        prompts = [text for text in self.texts(captions) for _ in range(self.candidates)]
+        tokens, _ = self.pipeline.draw_tokens(prompts, self.generators(numbers), *known)                # (B C, N)
+        images = self.pipeline.tokens_to_image(tokens)                                                  # (B C, S, S, 3)
         if known:
-            pictures = np.concatenate([edit.blend(*row) for row in zip(
-                photos, np.split(pictures, len(items)), known[1].split(self.candidates))])
-        best, seen = self.choose(pictures, [item.caption for item in items])
-        return {"tokens": tokens.cpu()[best], "pictures": pictures[best], **seen}
+            images = edit.blend(originals.repeat(self.candidates, 0), images, known[1])
+        best, features = self.choose(images, captions)
+        return {"tokens": tokens.cpu().numpy()[best], "images": images[best], **features}
 
-    def write(self, numbers: range) -> dict:
-        """C captions of each photograph, all of it or the middle of a given one; of them the best."""
-        cfg, items, known = self.pipeline.cfg, [self.items[i] for i in numbers], ()
-        photos = read_squares([item.photo for item in items], cfg.image_size)
-        image_tokens = self.pipeline.image_to_tokens(photos).repeat_interleave(self.candidates, 0)  # (B C, N)
-        if self.protocol.only_a_part:
-            text_tokens, lengths = encode_captions(self.pipeline.bpe, self.texts(items), cfg.text_length)
-            known = [x.repeat_interleave(self.candidates, 0)
-                     for x in (text_tokens, lengths, edit.centre_words(lengths, cfg.text_length))]
+    def write(self, numbers: range) -> dict[str, np.ndarray]:
+        """The best of C captions of each image: the whole caption, or the middle of a given one."""
+        cfg, known = self.pipeline.cfg, ()
+        photos, given = zip(*(self.items[i] for i in numbers))
+        images = self.read(photos)                                                                      # (B, S, S, 3)
+        image_tokens = self.pipeline.image_to_tokens(images).repeat_interleave(self.candidates, 0)      # (B C, N)
+        if self.protocol.partial:
+            text_tokens, lengths = encode_captions(self.pipeline.bpe, self.texts(given), cfg.text_length)
+            to_fill = edit.centre_words(lengths, cfg.text_length)                                       # (B, T)
+            known = [x.repeat_interleave(self.candidates, 0) for x in (text_tokens, lengths, to_fill)]
         text_tokens, lengths, _ = self.pipeline.write_tokens(image_tokens, self.generators(numbers), *known)
-        captions = self.pipeline.read_texts(text_tokens, lengths, cut=not known)
-        best, seen = self.choose(photos, captions)
-        return {"captions": [captions[i] for i in best], **seen}
+        captions = self.pipeline.read_texts(text_tokens, lengths, cut=not known)                        # B C strings
+        best, features = self.choose(images, captions)
+        return {"captions": np.array(captions)[best], **features}
 
-    def texts(self, items: list[Item]) -> list[str]:
-        """The captions as the model has learnt to read them."""
-        return [clean_caption(item.caption) if self.pipeline.cfg.clean_captions else item.caption for item in items]
+    def texts(self, captions: tuple[str, ...]) -> list[str]:
+        """The captions in the form that the model was trained on."""
+        return list(map(clean_caption, captions) if self.pipeline.cfg.clean_captions else captions)
 
     def generators(self, numbers: range) -> Iterator[torch.Generator]:
         """A torch.Generator for each candidate of each item."""
         return (keyed_generator(self.seed, self.name, i, c) for i, c in product(numbers, range(self.candidates)))
 
-    def choose(self, pictures: np.ndarray, texts: list[str]) -> tuple[list[int], dict[str, Tensor]]:
-        """Which candidate of each item CLIP finds best, and its features (B, E). Of pictures and texts the candidates
-        are B C, the others B; without CLIP there is one candidate."""
+    def choose(self, images: np.ndarray, texts: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The row of each item's best candidate by CLIP, (B,), and CLIP's features of it and its partner, (B, E).
+
+        The candidates are images or texts, B C rows; the others are B rows. Without CLIP there is one candidate.
+        """
         if not self.judge:
-            return list(range(len(pictures))), {}
-        seen, read = self.judge.look(pictures), self.judge.read(texts)
-        rows = max(len(seen), len(read))
-        seen, read = (x.repeat_interleave(rows // len(x), 0) for x in (seen, read))                  # (B C, E)
-        cosines = F.cosine_similarity(seen, read).view(-1, self.candidates).numpy()                  # (B, C)
-        best = (cosines.argmax(1) + np.arange(0, rows, self.candidates)).tolist()
-        return best, {"seen": seen[best], "read": read[best]}
+            return np.arange(len(images)), {}
+        features = self.judge.image_features(images), self.judge.text_features(texts)
+        rows = max(map(len, features))
+        image, text = (x.repeat_interleave(rows // len(x), 0) for x in features)                        # (B C, E) each
+        cosines = F.cosine_similarity(image, text).view(-1, self.candidates)                            # (B, C)
+        best = cosines.numpy().argmax(1) + np.arange(0, rows, self.candidates)
+        return best, {"clip-image": image.numpy()[best], "clip-text": text.numpy()[best]}
 
-    # ------------------------------------------------------------------------------------------ the result
-
-    def score(self) -> dict[str, float]:
-        """All measures, those of captions times 100, as papers give them. All must be made."""
-        scores = {}
-        for k, path in self.references.items():
-            if not path.exists():
-                write(path, moments(self.real.column(f"inception-{k}")).to_dict())
-            drawn, real = moments(self.made.column(f"inception-{k}")), Moments.from_dict(read(path))
-            scores[f"FID-{k}" if k else "FID"] = frechet_distance(drawn, real)
-        for path in self.real.paths():                                         # all that is needed of them is kept now
-            path.unlink(missing_ok=True)
+    def score(self) -> tuple[dict[str, float], list[str]]:
+        """All measures, those of captions times 100 as in papers, and remarks on them. All files must exist."""
+        scores, notes = self.score_captions() if self.protocol.generates == "text" else ({}, [])
+        for k in self.blurs:
+            features = [torch.from_numpy(column(files, f"inception-{k}")) for files in (self.generated, self.real)]
+            scores[f"FID-{k}" if k else "FID"] = frechet_distance(*features)
         if self.inception:
-            features = torch.stack(self.made.column("inception-0")).to(self.inception.fc.weight.device)
+            features = torch.from_numpy(column(self.generated, "inception-0")).to(self.inception.fc.weight.device)
             scores["IS"], scores["IS deviation"] = inception_score(self.inception.logits(features).cpu())
+        elif self.protocol.blurs:
+            notes.append("FID and IS need --inception FILE: python data/download.py inception")
         if self.judge:
-            scores["CLIP score"] = clip_score(*(torch.stack(self.made.column(name)) for name in ("seen", "read")))
-        return scores if self.protocol.draws else scores | self.score_captions()
+            scores["CLIP score"] = clip_score(*(torch.from_numpy(column(self.generated, f"clip-{kind}"))
+                                                for kind in ("image", "text")))
+        else:
+            notes.append("the CLIP score, and several candidates, need --clip ViT-B-32.pt, which OpenAI publishes")
+        return scores, notes
 
-    def score_captions(self) -> dict[str, float]:
-        """By pycocoevalcap's measures and names, each domain by itself; the captions also go into captions.json."""
-        written = {item.photo.id: text for item, text in zip(self.items, self.made.column("captions"))}
-        write_results_json(self.out / "captions.json", written)
-        scores, notes = {}, {}
-        for domain in (*DOMAINS, "overall") if self.name == "nocaps" else ("",):
-            references = {item.photo.id: item.photo.captions for item in self.items
-                          if domain not in DOMAINS or item.photo.domain == domain}
-            if references:
-                results = {photo: written[photo] for photo in references}
-                java, notes[domain] = java_metrics(results, references)
-                scores |= {f"{domain} {name}".strip(): 100 * value
-                           for name, value in (score_captions(results, references) | java).items()}
-        for note in filter(None, dict.fromkeys(notes.values())):
+    def score_captions(self) -> tuple[dict[str, float], list[str]]:
+        """pycocoevalcap's measures, also of each domain where there are domains. Writes captions.json."""
+        captions = dict(zip((photo.id for photo, _ in self.items), column(self.generated, "captions").tolist()))
+        write_results_json(self.out / "captions.json", captions)
+        scores, notes, domains = {}, [], sorted({photo.domain for photo, _ in self.items})
+        for domain in domains if domains == [""] else [*domains, "overall"]:
+            references = {photo.id: photo.captions for photo, _ in self.items if domain in (photo.domain, "overall")}
+            results = {id: captions[id] for id in references}
+            java, note = java_metrics(results, references)
+            scores |= {f"{domain} {name}".strip(): 100 * value
+                       for name, value in (score_captions(results, references) | java).items()}
+            if len(references) == 1:
+                notes.append(f"{domain} CIDEr: of one image CIDEr is always 0, as all n-grams weigh log(1/1)".strip())
+        return scores, notes + [note] * bool(note)
+
+    def report(self, scores: dict[str, float], notes: list[str]) -> None:
+        """Prints the protocol and its measures, and writes them to result.json.
+
+        The paper's results stand beside them only if everything holds that the paper says about its protocol.
+        """
+        protocol, cfg = self.protocol, self.pipeline.cfg
+        steps = cfg.image_steps if protocol.generates == "image" else cfg.text_steps
+        same_as_paper = (
+            len(self.photos) == protocol.num_images and self.settings["split"] == protocol.split
+            and len(self.items) == (protocol.num or protocol.num_images) and self.candidates == protocol.candidates
+            and cfg.image_size == SIDE and cfg.guidance == 1 and (cfg.model == "argvlt" or steps == protocol.steps))
+        paper = {name: dict(zip(MODELS, values)) for name, values in protocol.paper.items()} if same_as_paper else {}
+        line = (f"{self.name}: {self.subject}, shorter side resized to {cfg.image_size}, centre "
+                f"cropped; {self.candidates} candidate{'s, CLIP chooses' if self.candidates > 1 else ''}; "
+                f"{'token by token' if cfg.model == 'argvlt' else f'{steps} steps'}; seed {self.seed}; "
+                f"weights {self.settings['weights']}; nanomagvlt {self.settings['nanomagvlt']}")
+        print(line)
+        for name, value in scores.items():
+            beside = ", ".join(f"{model} {number}" for model, number in paper.get(name, {}).items() if number)
+            print(f"{name:24}{value:<10.2f}" + (f"paper, zero-shot: {beside}" if beside else ""))
+        for note in [*notes, *[f"the paper does not say {protocol.unknown}"] * same_as_paper]:
             print(note)
-        return scores
+        write_json(self.out / "result.json", {"protocol": line, "scores": scores, "notes": notes, "paper": paper,
+                                              "settings": self.settings})
+        print(f"-> {self.out / 'result.json'}")
 
 
-def moments(features: list[Tensor]) -> Moments:
-    seen = Moments()
-    seen.update(torch.stack(features))
-    return seen
+# ---------------------------------------------------------------------------------------------- the command
+
+def add_flags(parser: Parser) -> None:
+    """The flags of `eval.py coco`."""
+    group = parser.add_argument_group("for coco (--out is a folder; after a kill the same command continues in it)")
+    group.add_argument("--protocol", choices=PROTOCOLS, help="one of the paper's measurements")
+    group.add_argument("--captions", type=Path, help="the JSON file of COCO, Karpathy or NoCaps")
+    group.add_argument("--images", type=Path, help="the folder of its images")
+    group.add_argument("--split", help="of Karpathy's file (default test)")
+    group.add_argument("--num", type=int, help="captions or images (default: the paper's number)")
+    group.add_argument("--candidates", type=int, help="--clip chooses one of them (default: the paper's number, or 1)")
+    group.add_argument("--clip", type=Path, help="OpenAI's ViT-B-32.pt")
+    group.add_argument("--inception", type=Path, help="FID's network: python data/download.py inception")
+    group.add_argument("--part", type=distributed.parse_part, metavar="K/N",
+                       help="do only the K-th of N shares; at the end the same command without --part scores them")
+    group.add_argument("--bpe", type=Path, default=pretrained.CLIP_BPE,
+                       help="CLIP's merges (default: the file of data/download.py)")
 
 
-def report(run: Run, scores: dict[str, float]) -> None:
-    """Prints the protocol and its measures, and writes them to result.json. The paper's stand beside them only where
-    all that the paper says of its own holds."""
-    protocol, cfg = run.protocol, run.pipeline.cfg
-    steps = cfg.image_steps if protocol.draws else cfg.text_steps
-    is_the_papers = (
-        len(run.photos) == protocol.num_photos and run.settings["split"] == protocol.split
-        and len(run.items) == (protocol.num or protocol.num_photos) and run.candidates == protocol.candidates
-        and cfg.image_size == SIDE and cfg.guidance == 1 and (cfg.model == "argvlt" or steps == protocol.steps))
-    paper = {name: dict(zip(MODELS, values)) for name, values in protocol.paper.items()} if is_the_papers else {}
-    line = (f"{run.name}: {run.what}, shorter side resized to {cfg.image_size}, centre cropped; {run.candidates} "
-            f"candidate{'s, CLIP chooses' if run.candidates > 1 else ''}; "
-            f"{'token by token' if cfg.model == 'argvlt' else f'{steps} steps'}; seed {run.seed}; "
-            f"weights {run.settings['weights']}; code {', '.join(run.made.code())}")
-    print(line)
-    for name, value in scores.items():
-        beside = ", ".join(f"{model} {number}" for model, number in paper.get(name, {}).items() if number)
-        print(f"{name:24}{value:<10.2f}" + (f"the paper's, zero-shot: {beside}" if beside else ""))
-    if paper and protocol.not_said:
-        print(f"The paper does not say {protocol.not_said}.")
-    if protocol.blurs and not run.inception:
-        print("No FID and no IS: they want --inception FILE, which `python data/download.py inception` fetches")
-    if not run.judge:
-        print("No CLIP score, and no choice among candidates: they want --clip ViT-B-32.pt, which OpenAI publishes")
-    write_json(run.out / "result.json", {"protocol": line, "scores": scores, "paper": paper, "settings": run.settings})
-    print(f"-> {run.out / 'result.json'}")
+def run(args: Namespace) -> None:
+    """One protocol, or one share of its work."""
+    for flag in ("protocol", "captions", "images", "out"):
+        if getattr(args, flag) is None:
+            raise ValueError(f"coco needs --{flag}; see --help")
+    for flag in ("num", "candidates"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    part, device = distributed.share_of_work(args.part, args.device)
+    pipeline = load_pipeline(args.checkpoint or checkpoint.newest(), device, args.bpe)
+    pipeline = pipeline.with_settings(**{name: getattr(args, name) for name in DECODING if hasattr(args, name)})
+    judge = load_judge(args.clip, args.bpe, pipeline.device) if args.clip else None
+    inception = load_inception(args.inception).to(pipeline.device) if args.inception else None
+    measurement = Measurement(args, pipeline, judge, inception)
+    claim(args.out, measurement.settings)
+    measurement.work(part)
+    if part:
+        print(f"part {part[0] + 1}/{part[1]} is done; after all parts, give the same command without --part or "
+              "torchrun: it scores them")
+    else:
+        measurement.report(*measurement.score())

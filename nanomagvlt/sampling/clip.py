@@ -1,20 +1,15 @@
-"""Appendix - CLIP: how well an image and a text go together (Radford et al., ICML 2021).
+"""CLIP: how well an image and a text agree (Radford et al., ICML 2021).
 
-Two transformers, one over patches and one over words, were taught on 400M pairs to give an image and its own caption
-directions that agree, so that the cosine of the two says how well one describes the other. By it we choose the best
-of many drawings for a prompt and the best of many captions for an image, and measure CLIP score.
+CLIP is two transformers, one over the patches of an image and one over the words of a text. They were trained on 400M
+pairs to give an image and its caption features with a large cosine. We use the cosine to choose the best of several
+images for a prompt or the best of several captions for an image, and for the CLIP score.
 
-OpenAI publishes CLIP as TorchScript archives, ViT-B-32.pt and others: zip files that carry code beside their
-tensors. The code is never run. PyTorch's restricted unpickler reads the tensors; the modules around them become
-inert objects, whose attributes give each tensor its name.
+OpenAI publishes CLIP as TorchScript archives (ViT-B-32.pt and others), which contain code beside the tensors. The code
+is not run: modules become inert objects, and their attributes give the tensors' names (see io.py).
 
-Shapes: B batch, R image side, P patch side, L tokens, D width, E features. Pixels are normalised by preprocess().
+Shapes: B batch, R image side, P patch side, L tokens, D width, E features. preprocess() gives the normalised pixels.
 """
-import io
 import math
-import pickletools
-import re
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,51 +20,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanomagvlt.io import Inert, load_strict, one_line_error, read_tensors
 from nanomagvlt.tokenizers.bpe import BPE
+from nanomagvlt.training.pretrained import count_children
 
-HEAD = 64                                                 # the width of a head, in both towers of every published size
+HEAD = 64                                                       # the width of a head, in both towers of all models
+BATCH = 64                                                      # images or texts at a time
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-ENTRIES = r"[^/]+/(data\.pkl|data/\d+|version|byteorder)"                       # of an archive; the rest is code
-KNOWN_CLASSES = r"__torch__\..*|torch\._utils\._rebuild_tensor_v2|collections\.OrderedDict|torch\.\w+Storage"
-JUDGED = 64                                               # images or texts at a time
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")             # numbers that OpenAI keeps as tensors
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # sizes that OpenAI's files store as tensors
 
 
-# ---- the network, its parts named as in OpenAI's files ------------------------------------------------------
+# ---- the network; the modules have the names of OpenAI's files ----------------------------------------------
 
 class QuickGELU(nn.Module):
-    """A cheap GELU. The weights were trained with this one: GELU itself gives other features."""
+    """An approximation of GELU. The weights were trained with it; the exact GELU gives other features."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
 
-class Attention(nn.Module):
-    """Self-attention with the parameters of nn.MultiheadAttention: query, key and value in one matrix."""
-
-    def __init__(self, width: int, causal: bool):
-        super().__init__()
-        self.causal = causal
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)              # (B, L, 3D)
-        q, k, v = qkv.unflatten(-1, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)      # (B, heads, L, 64) each
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out_proj(h.transpose(1, 2).flatten(2))                     # (B, L, D)
-
-
 class Block(nn.Module):
     def __init__(self, width: int, causal: bool):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(width), Attention(width, causal)
+        if width % HEAD:
+            raise ValueError(f"width {width} is not a multiple of {HEAD}")
+        self.causal = causal
+        self.ln_1, self.attn = nn.LayerNorm(width), nn.MultiheadAttention(width, width // HEAD, batch_first=True)
         self.ln_2, self.mlp = nn.LayerNorm(width), nn.Sequential(OrderedDict(
             c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device) if self.causal else None
+        h = self.ln_1(x)                                                       # (B, L, D)
+        x = x + self.attn(h, h, h, need_weights=False, attn_mask=mask, is_causal=self.causal)[0]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -83,7 +66,7 @@ class Transformer(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """A vision transformer: a class token before the patches, and its state at the end is the image's feature."""
+    """A vision transformer. The final state of a class token before the patches gives the image's features."""
 
     def __init__(self, resolution: int, patch: int, width: int, layers: int, features: int):
         super().__init__()
@@ -103,7 +86,7 @@ class ImageTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers, without weights: load_clip() gives one with them. Sizes as sizes() reads them off a file."""
+    """Both towers without weights; load_clip() gives them with weights."""
 
     def __init__(self, resolution: int, patch: int, image_width: int, image_layers: int, text_width: int,
                  text_layers: int, context_length: int, vocab_size: int, features: int):
@@ -118,28 +101,28 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.empty(()))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels (B, 3, R, R) -> features (B, E), of any length."""
+        """Normalised pixels (B, 3, R, R) -> features (B, E), of any norm."""
         return self.visual(pixels)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Ids (B, context_length) -> features (B, E), of any length: the state at the end token, the highest id.
+        """Tokens (B, context_length) -> features (B, E), of any norm, from the state at the end token.
 
-        No place sees a later one, so what is behind the end token does not matter.
+        The end token has the highest id. Attention is causal, so the tokens after it have no effect.
         """
         x = self.token_embedding(tokens) + self.positional_embedding           # (B, L, D)
         x = self.ln_final(self.transformer(x))
-        ends = tokens.argmax(-1)                                               # (B)
-        return x[torch.arange(len(x), device=x.device), ends] @ self.text_projection
+        ends = tokens.argmax(-1)                                               # (B,)
+        return x[torch.arange(len(x), device=x.device), ends] @ self.text_projection               # (B, E)
 
     def similarity(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Features (A, E) and (B, E) -> cosines (A, B), in [-1, 1]. Times logit_scale.exp() they are CLIP's logits."""
+        """Features (A, E) and (B, E) -> cosines (A, B). CLIP's logits are logit_scale.exp() times these."""
         return F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).T
 
 
-# ---- what goes in -------------------------------------------------------------------------------------------
+# ---- the inputs ---------------------------------------------------------------------------------------------
 
 def preprocess(images: np.ndarray, resolution: int) -> Tensor:
-    """Images (B, S, S, 3), uint8 -> normalised pixels (B, 3, R, R), resized as CLIP's own code lets Pillow resize."""
+    """Images (B, S, S, 3), uint8 -> normalised pixels (B, 3, R, R), resized as by Pillow in CLIP's own code."""
     pixels = torch.tensor(images).permute(0, 3, 1, 2).float()                  # (B, 3, S, S), 0 to 255
     for size in ((pixels.shape[2], resolution), (resolution, resolution)):     # Pillow rounds after each direction
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
@@ -147,13 +130,12 @@ def preprocess(images: np.ndarray, resolution: int) -> Tensor:
 
 
 def tokenize(bpe: BPE, texts: list[str], context_length: int = 77) -> Tensor:
-    """Ids (B, context_length), int64: the start token, the text, the end token, zeros. Long texts are cut before it.
+    """Tokens (B, context_length), int64: the start token, the text, the end token, zeros. Long texts are truncated.
 
-    bpe is CLIP's own, as BPE.load() reads it from CLIP's merges. Raises ValueError for one that cuts words as the
-    MAGVLT release does: CLIP would read other words.
+    bpe is CLIP's own, from BPE.load(). Raises ValueError for a BPE that splits words as the MAGVLT release does.
     """
     if bpe.words != "clip":
-        raise ValueError(f"CLIP reads words cut in its own way, not those of words={bpe.words!r}")
+        raise ValueError(f"CLIP needs a BPE with words='clip', not {bpe.words!r}")
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
     for row, text in zip(tokens, texts):
         ids = [bpe.vocab_size - 2, *bpe.encode(text)[:context_length - 2], bpe.vocab_size - 1]
@@ -163,115 +145,68 @@ def tokenize(bpe: BPE, texts: list[str], context_length: int = 77) -> Tensor:
 
 # ---- loading ------------------------------------------------------------------------------------------------
 
-class Held:
-    """Stands for any module of an archive: holds its attributes and does nothing with them."""
-    attributes: dict = {}
+def named_tensors(module: Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an archive's module and of the modules in it, with dotted names.
 
-    def __setstate__(self, state: dict):
-        self.attributes = state
-
-
-def named_tensors(module: Held, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a module and of those in it, by dotted names.
-
-    Each module gives what it holds only once, so that one which holds itself ends like any other.
+    Each module gives its attributes only once. So the function ends even if a damaged file has a module in itself.
     """
-    attributes, module.attributes = module.attributes, {}
+    attributes, module.state = module.state, {}
     for name, value in attributes.items():
         if isinstance(value, Tensor):
             yield prefix + name, value
-        elif isinstance(value, Held):
+        elif isinstance(value, Inert):
             yield from named_tensors(value, f"{prefix}{name}.")
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a TorchScript archive or of a saved state dict. Raises ValueError, one line.
-
-    torch.load() takes a zip that has a constants.pkl, which belongs to the code, for torch.jit's and refuses it. So it
-    is given a copy without the code, and only if data.pkl names no class but those that tensors and modules need.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file")
-    tensors = io.BytesIO()
-    try:
-        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tensors, "w") as copy:
-            entries = {name: archive.getinfo(name) for name in archive.namelist() if re.fullmatch(ENTRIES, name)}
-            if sum(entry.file_size for entry in entries.values()) > 2 * Path(path).stat().st_size:
-                raise ValueError("it would unpack to far more than itself")
-            for name in entries:
-                copy.writestr(name, archive.read(name))
-            (pickled,) = (archive.read(name) for name in entries if name.endswith("/data.pkl"))
-        classes = {name.replace(" ", ".") for code, name, _ in pickletools.genops(pickled) if code.name == "GLOBAL"}
-        if foreign := [name for name in sorted(classes) if not re.fullmatch(KNOWN_CLASSES, name)]:
-            raise ValueError(f"refused, for it names {foreign[0]}")
-        tensors.seek(0)
-        with torch.serialization.safe_globals([(Held, name) for name in classes if name.startswith("__torch__.")]):
-            content = torch.load(tensors, map_location="cpu", weights_only=True)
-        state = dict(named_tensors(content)) if isinstance(content, Held) else content
-        if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
-            raise ValueError("not all of it is tensors with names")
-        return state
-    except Exception as error:  # a damaged or foreign file fails in any of a dozen ways: in the zip, in the unpickler
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise ValueError(f"{path}: no archive and no state dict, or a damaged one ({reason})") from None
-
-
-def sizes(state: dict[str, Tensor]) -> dict[str, int]:
-    """The arguments of CLIP(), from its tensors. Raises KeyError or ValueError where they are not CLIP's."""
-    def layers(tower: str) -> int:
-        return len({name.removeprefix(tower).split(".")[0] for name in state if name.startswith(tower)})
+def read_sizes(state: dict[str, Tensor]) -> dict[str, int]:
+    """The arguments of CLIP(), from the shapes of its tensors."""
     image_width, _, patch, _ = state["visual.conv1.weight"].shape
     vocab_size, text_width = state["token_embedding.weight"].shape
-    if not image_width or image_width % HEAD or not text_width or text_width % HEAD or not patch:
-        raise ValueError(f"towers {image_width} and {text_width} wide, no multiples of {HEAD}, or patches of {patch}")
     return dict(resolution=math.isqrt(len(state["visual.positional_embedding"]) - 1) * patch, patch=patch,
-                image_width=image_width, image_layers=layers("visual.transformer.resblocks."),
-                text_width=text_width, text_layers=layers("transformer.resblocks."), vocab_size=vocab_size,
-                context_length=len(state["positional_embedding"]), features=state["text_projection"].shape[1])
+                image_width=image_width, image_layers=count_children(state, "visual.transformer.resblocks."),
+                text_width=text_width, text_layers=count_children(state, "transformer.resblocks."),
+                context_length=len(state["positional_embedding"]), vocab_size=vocab_size,
+                features=state["text_projection"].shape[1])
 
 
 def load_clip(path: str | Path) -> CLIP:
-    """CLIP from one of OpenAI's archives or a saved state dict: float32, on the CPU, in evaluation mode, frozen.
+    """CLIP from one of OpenAI's archives or from a saved state dict: float32, on the CPU, without gradients.
 
-    Every tensor of the file must have its place, and every place its tensor. Raises ValueError, one line that names
-    the file, where it is not there, damaged or something else.
+    Raises ValueError, one line, for any other file.
     """
-    state = {name: tensor for name, tensor in read_state(path).items() if name not in NOT_WEIGHTS}
-    try:
-        with torch.device("meta"):                                             # nothing is initialised in vain
-            model = CLIP(**sizes(state))
-        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    except KeyError as error:
-        raise ValueError(f"{path}: no weights of CLIP: {error.args[0]} is missing") from None
-    except (ValueError, IndexError, TypeError, RuntimeError) as error:  # too few dimensions, an odd size, another name
-        raise ValueError(f"{path}: no weights of CLIP: {' '.join(str(error).split())[:200]}") from None
-    return model.requires_grad_(False).eval()
+    content = read_tensors(path, "weights of CLIP", inert=("__torch__.",))
+    with one_line_error(path, "not weights of CLIP"):
+        state = dict(named_tensors(content)) if isinstance(content, Inert) else content
+        state = {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS}
+        with torch.device("meta"):
+            model = CLIP(**read_sizes(state))
+    return load_strict(model, state, path).requires_grad_(False)
 
 
 @dataclass
 class Judge:
-    """CLIP with the words it knows: pictures and strings in, features out, on the CPU."""
+    """CLIP with its tokenizer: images or texts in, features out, on the CPU."""
     model: CLIP
     bpe: BPE
 
     @torch.inference_mode()
-    def look(self, images: np.ndarray) -> Tensor:
+    def image_features(self, images: np.ndarray) -> Tensor:
         """Images (B, S, S, 3), uint8 -> features (B, E)."""
-        parts = (preprocess(images[i:i + JUDGED], self.model.resolution) for i in range(0, len(images), JUDGED))
+        parts = (preprocess(images[i:i + BATCH], self.model.resolution) for i in range(0, len(images), BATCH))
         return torch.cat([self.model.encode_image(part.to(self.model.logit_scale.device)) for part in parts]).cpu()
 
     @torch.inference_mode()
-    def read(self, texts: list[str]) -> Tensor:
+    def text_features(self, texts: list[str]) -> Tensor:
         """Texts -> features (B, E)."""
         tokens = tokenize(self.bpe, texts, self.model.context_length).to(self.model.logit_scale.device)
-        return torch.cat([self.model.encode_text(part) for part in tokens.split(JUDGED)]).cpu()
+        return torch.cat([self.model.encode_text(part) for part in tokens.split(BATCH)]).cpu()
 
 
 def load_judge(path: str | Path, merges: str | Path, device: str | torch.device = "cpu") -> Judge:
-    """CLIP and its tokenizer. Raises ValueError, one line, where either cannot be used or they do not go together."""
+    """CLIP and its tokenizer. Raises ValueError, one line, if a file is unusable or the two do not fit together."""
     if not Path(merges).is_file():
-        raise ValueError(f"{merges}: there is no such file; python data/download.py clip-bpe fetches it")
+        raise ValueError(f"{merges}: there is no such file; `python data/download.py clip-bpe` fetches CLIP's merges")
     model, bpe = load_clip(path).to(device), BPE.load(merges)
     if bpe.vocab_size != model.vocab_size:
-        raise ValueError(f"{merges} has {bpe.vocab_size} tokens, {path} {model.vocab_size}: give its merges")
+        raise ValueError(f"{merges} has {bpe.vocab_size} tokens, but {path} has {model.vocab_size}: give its merges")
     return Judge(model, bpe)

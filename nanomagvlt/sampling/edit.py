@@ -1,7 +1,7 @@
-"""Appendix - What is to be made anew: regions and masks of images, [MASK] in texts.
+"""What to generate anew: regions and masks of images, [MASK] in texts.
 
-Everything here ends as `to_fill`, True where a token is to be made: that is all that decode.py wants to know. A token
-stands for a square patch of pixels, and is made anew if any of its pixels is to be.
+Everything here ends in `to_fill`, a bool tensor that is True at each token to generate; decoding.py needs no more. An
+image token stands for a square patch of pixels, and is generated if any of them is in the mask.
 
 Shapes: B batch, S image side, N image tokens on G x G, T text tokens.
 """
@@ -9,96 +9,83 @@ import re
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from nanomagvlt.tokenizers.bpe import BPE
 
-MASK_WORD = re.compile(r"\[MASK(?::([1-9]\d{0,2}))?\]")
+MASK_WORD = re.compile(r"(\[MASK(?::[1-9]\d{0,2})?\])")
 
 
 def region(size: tuple[int, int], box: tuple[int, ...]) -> Image.Image:
-    """A mask of an image of size (width, height), white in the box x0, y0, x1, y1 (pixels, the last ones excluded).
-
-    Raises ValueError for a box that is empty or leaves the image.
-    """
+    """A mask of size (width, height), white in the box x0, y0, x1, y1 (pixels; x1 and y1 are outside). Raises
+    ValueError for an empty box and one that leaves the image."""
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]):
-        raise ValueError(f"region {x0},{y0},{x1},{y1} is no x0,y0,x1,y1 within {size[0]} x {size[1]} pixels")
-    mask = Image.new("RGB", size)
-    ImageDraw.Draw(mask).rectangle((x0, y0, x1 - 1, y1 - 1), fill="white")
+        raise ValueError(f"region {x0},{y0},{x1},{y1} must be x0,y0,x1,y1 within {size[0]} x {size[1]} pixels")
+    mask = Image.new("L", size)
+    mask.paste(255, tuple(box))
     return mask
 
 
 def mask_to_positions(mask: Image.Image, grid: int) -> Tensor:
-    """Where tokens are to be made anew, (N,) bool: where a mask, cut square like its image, has any white pixel."""
+    """(N,) bool: True at tokens with a white pixel in the mask, which is centre cropped to a square as its image is."""
     width, height = mask.size
     side = min(width, height)
     ys, xs = np.nonzero(np.asarray(mask.convert("L")) > 127)
     ys, xs = ys - (height - side) / 2, xs - (width - side) / 2
     inside = (ys >= 0) & (ys < side) & (xs >= 0) & (xs < side)
-    places = torch.zeros(grid, grid, dtype=torch.bool)                                               # (G, G)
-    places[(ys[inside] * grid / side).astype(int), (xs[inside] * grid / side).astype(int)] = True
-    return places.flatten()
+    to_fill = torch.zeros(grid, grid, dtype=torch.bool)                                              # (G, G)
+    to_fill[(ys[inside] * grid / side).astype(int), (xs[inside] * grid / side).astype(int)] = True
+    return to_fill.flatten()
 
 
 def centre_positions(grid: int) -> Tensor:
-    """The paper's region (section 4.2): the middle half of the rows and columns, (N,) bool."""
+    """The paper's region (section 4.2), the middle half of the rows and columns: (N,) bool."""
     middle = torch.arange(grid)
     middle = (middle >= grid // 4) & (middle < grid - grid // 4)                                     # (G,)
     return (middle[:, None] & middle).flatten()
 
 
-def random_positions(num_places: int, share: float, batch: int, generator: torch.Generator) -> Tensor:
-    """A random choice of round(share x N) places, at least 1, another one in every row: (B, N) bool."""
-    rank = torch.rand(batch, num_places, generator=generator).argsort(1).argsort(1)
-    return rank < max(1, round(share * num_places))
+def random_positions(num_positions: int, share: float, batch: int, generator: torch.Generator) -> Tensor:
+    """round(share x N) random positions, at least 1, other ones in each row: (B, N) bool."""
+    rank = torch.rand(batch, num_positions, generator=generator).argsort(1).argsort(1)               # (B, N)
+    return rank < max(1, round(share * num_positions))
 
 
-def blend(original: np.ndarray, painted: np.ndarray, to_fill: Tensor) -> np.ndarray:
-    """original (S, S, 3) where it is kept, painted (B, S, S, 3) where it was made anew, with a soft edge, all uint8, by
-    to_fill (B, N).
+def blend(original: np.ndarray, generated: np.ndarray, to_fill: Tensor) -> np.ndarray:
+    """The original (S, S, 3) or (B, S, S, 3) around the generated part of (B, S, S, 3), with a soft edge, all uint8.
 
-    out = m x original + (1 - m) x painted, m the keep mask enlarged to S x S and blurred with a Gaussian of radius
-    15 at S = 256, less at smaller sizes (section 4.2; the released code makes m and does not use it).
+    out = m x original + (1 - m) x generated, where m is the mask of kept tokens, ~to_fill (B, N), enlarged to S x S and
+    blurred with a Gaussian of radius 15 at S = 256 (section 4.2; the released code computes m and does not use it).
     """
-    side, grid = len(original), round(to_fill.shape[1] ** 0.5)
-    keep = ((~to_fill).view(-1, grid, grid).numpy() * np.uint8(255))
-    soft = [Image.fromarray(m).resize((side, side), Image.Resampling.NEAREST)
-            .filter(ImageFilter.GaussianBlur(15 * side / 256)) for m in keep]
-    m = np.stack([np.asarray(image) for image in soft])[..., None] / 255                             # (B, S, S, 1)
-    return (m * original + (1 - m) * painted).round().astype(np.uint8)
+    side, grid = generated.shape[1], round(to_fill.shape[1] ** 0.5)
+    kept = (~to_fill).view(-1, grid, grid).numpy() * np.uint8(255)
+    blur = ImageFilter.GaussianBlur(15 * side / 256)
+    soft = [Image.fromarray(m).resize((side, side), Image.Resampling.NEAREST).filter(blur) for m in kept]
+    m = np.stack(soft)[..., None] / 255                                                              # (B, S, S, 1)
+    return (m * original + (1 - m) * generated).round().astype(np.uint8)
 
 
 def read_masked_text(text: str, bpe: BPE, text_length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """"a [MASK] circle" -> text_tokens (T,), their number with the end token (), and where to fill (T,) bool.
+    """"a [MASK] circle" -> text_tokens (T,), their number with the end token (), and to_fill (T,) bool.
 
-    [MASK] stands for one token, [MASK:3] for three. Raises ValueError where nothing is to be filled, or where it is
-    more than text_length tokens.
-    """
-    ids, to_fill, end = [], [], 0
-    for found in MASK_WORD.finditer(text):
-        words, count = bpe.encode(text[end:found.start()]), int(found[1] or 1)
-        ids, to_fill = ids + words + [bpe.end] * count, to_fill + [False] * len(words) + [True] * count
-        end = found.end()
-    ids = ids + bpe.encode(text[end:]) + [bpe.end]
-    to_fill = to_fill + [False] * (len(ids) - len(to_fill))
-    if "[MASK" in MASK_WORD.sub("", text):
+    [MASK] is one token, [MASK:3] are three. Raises ValueError for a text without [MASK] or of more than T tokens."""
+    parts, ids, to_fill = MASK_WORD.split(text), [], []                        # words, [MASK], words, [MASK:3], words
+    if len(parts) == 1 or any("[MASK" in words for words in parts[::2]):
         raise ValueError(f"{text!r}: write [MASK] for one token, [MASK:3] for three, up to [MASK:999]")
-    if not any(to_fill):
-        raise ValueError(f"{text!r} has no [MASK]: put one where a word is missing, [MASK:3] for three tokens")
-    if len(ids) > text_length:
-        raise ValueError(f"{text!r} has {len(ids)} tokens with its end: at most {text_length} fit")
-    padding = text_length - len(ids)
-    return (torch.tensor(ids + [bpe.end] * padding), torch.tensor(len(ids)),
-            torch.tensor(to_fill + [False] * padding))
+    for i, part in enumerate(parts):
+        new = [bpe.end] * int(part[6:-1] or 1) if i % 2 else bpe.encode(part)
+        ids, to_fill = ids + new, to_fill + [i % 2 == 1] * len(new)
+    if len(ids) >= text_length:
+        raise ValueError(f"{text!r} has {len(ids) + 1} tokens with its end: at most {text_length} fit")
+    padded, length = bpe.pad(ids, text_length)
+    return torch.tensor(padded), torch.tensor(length), torch.tensor(to_fill + [False] * (text_length - len(ids)))
 
 
 def word_positions(bpe: BPE, prompt: str, word: str) -> range:
-    """Where the tokens of a word, or of several in a row, stand among those of a prompt; case does not matter.
-
-    Raises ValueError where they are not in it.
-    """
+    """The token positions of a word, or of several in a row, in a prompt; upper and lower case are equal. Raises
+    ValueError for words that are not in the prompt."""
     found = re.search(rf"(?<!\w){re.escape(word.strip())}(?!\w)", prompt, re.IGNORECASE)
     if not word.strip() or not found:
         raise ValueError(f"{word!r} is no word of {prompt!r}")
@@ -107,7 +94,7 @@ def word_positions(bpe: BPE, prompt: str, word: str) -> range:
 
 
 def centre_words(lengths: Tensor, text_length: int) -> Tensor:
-    """The paper's infilling: of n tokens, the end token not counted, n // 2 in the middle: (B,) -> (B, T) bool."""
+    """The paper's infilling: n // 2 tokens in the middle of n, not counting the end token: (B,) -> (B, T) bool."""
     n = lengths[:, None] - 1                                                                         # (B, 1)
-    start, place = n // 2 - n // 2 // 2, torch.arange(text_length, device=lengths.device)
-    return (place >= start) & (place < start + n // 2)
+    start, position = n // 2 - n // 2 // 2, torch.arange(text_length, device=lengths.device)
+    return (position >= start) & (position < start + n // 2)

@@ -1,16 +1,16 @@
-"""Chapter 7 - What trains the VQ-GAN: a painter and a critic (Esser et al., CVPR 2021, section 3.1).
+"""Chapter 8 - The loss of the VQ-GAN: reconstruction and a discriminator (Esser et al., CVPR 2021, section 3.1).
 
-The painter (the GAN's generator: here the whole VQ-GAN) wants its reconstruction to be near the image: in pixels, and,
-where the weights for it are given, in the features of a network that has learnt to see (LPIPS: Zhang et al., CVPR
-2018). Pixels alone make blurred pictures, since the average of all that is possible is the safest guess. So a critic
-(the GAN's discriminator, a PatchGAN) learns to tell image from reconstruction, patch by patch, and the painter learns
-to please it too.
+The generator of this GAN is the whole VQ-GAN. Its reconstruction must be near the image: in pixels and, if the weights
+for it are given, in the features of VGG16 (LPIPS: Zhang et al., CVPR 2018). A loss on pixels alone gives blurred
+images, because the average of all plausible images has the smallest expected error. So a discriminator learns to tell
+images from reconstructions, patch by patch, and the generator learns to raise the discriminator's logits.
 
-The two players are two functions, generator_loss() and discriminator_loss(). They take turns, and neither is to move the
-other: the painter's gradient runs through the critic but changes nothing there, the critic sees reconstructions as
-given pictures.
+Each network has its own loss: generator_loss() and discriminator_loss(). In the first the discriminator is frozen, and
+the gradient passes through it to the generator. In the second the reconstruction is detached, so the generator gets no
+gradient.
 
-Shapes: B batch, S image side. Pixels are in [-1, 1]. The loop is in vqtrain.py. Read on in bpe.py.
+Shapes: B batch, S image side, P*P patches that the discriminator classifies. Pixels are in [-1, 1]. The training loop
+is in training/train_vqgan.py. Read on in bpe.py.
 """
 from pathlib import Path
 
@@ -18,20 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanomagvlt.io import first_line
+from nanomagvlt.io import load_strict, read_tensors
 
 
 class Discriminator(nn.Module):
-    """PatchGAN: one opinion for every patch of a picture, high for real ones (Isola et al., CVPR 2017)."""
+    """PatchGAN: one logit per patch, high for patches of real images (Isola et al., CVPR 2017)."""
 
-    def __init__(self, channels: int = 64, layers: int = 3):
+    def __init__(self, channels: int):
         super().__init__()
-        sizes = [channels * min(2 ** i, 8) for i in range(layers + 1)]
+        sizes = [channels * m for m in (1, 2, 4, 8)]
         blocks = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for i in range(1, layers + 1):  # the last of them keeps the resolution
-            stride = 2 if i < layers else 1
-            blocks += [nn.Conv2d(sizes[i - 1], sizes[i], 4, stride, padding=1, bias=False), nn.BatchNorm2d(sizes[i]),
-                       nn.LeakyReLU(0.2)]
+        for c_in, c_out, stride in zip(sizes, sizes[1:], (2, 2, 1)):
+            blocks += [nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
         self.net = nn.Sequential(*blocks, nn.Conv2d(sizes[-1], 1, 4, padding=1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -40,81 +38,75 @@ class Discriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, S, S) -> opinions (B, 1, P, P)."""
+        """Pixels (B, 3, S, S) -> logits (B, 1, P, P)."""
         return self.net(pixels)
 
 
-VGG16 = (2, 2, 3, 3, 3)              # 3x3 convolutions before each of the five places that are compared
-VGG16_CHANNELS = (64, 128, 256, 512, 512)
+VGG16 = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # per stage: number of 3x3 convolutions, channels
+COMPARED = (3, 8, 15, 22, 29)  # the last ReLU of each stage, as torchvision numbers the layers
 
 
 class Perceptual(nn.Module):
-    """LPIPS: the distance of two pictures in the features of VGG16, as people judge it."""
+    """LPIPS: a distance between images in the features of VGG16; it agrees with human judgement better than pixels."""
 
     def __init__(self):
         super().__init__()
         layers, c_in = [], 3
-        for i, (count, c_out) in enumerate(zip(VGG16, VGG16_CHANNELS)):
-            layers += [nn.MaxPool2d(2)] if i else []
+        for count, c_out in VGG16:
+            layers += [nn.MaxPool2d(2)] if layers else []
             for _ in range(count):
                 layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.ReLU()]
                 c_in = c_out
-        self.features = nn.Sequential(*layers)                                # numbered as torchvision numbers them
-        self.weights = nn.ParameterList(torch.ones(c) for c in VGG16_CHANNELS)
+        self.features = nn.Sequential(*layers)                                # torchvision's vgg16().features
+        self.weights = nn.ParameterList(torch.ones(1, c, 1, 1) for _, c in VGG16)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
         self.requires_grad_(False).eval()
 
     @classmethod
     def load(cls, vgg: str | Path, lpips: str | Path) -> "Perceptual":
-        """From torchvision's vgg16-397923af.pth and LPIPS's vgg.pth. Raises ValueError where one is something else."""
+        """Reads torchvision's vgg16-397923af.pth and LPIPS's vgg.pth. Raises ValueError, one line, for another file."""
         module = cls()
-        for path, prefix in ((vgg, "features."), (lpips, "lin")):
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                state = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
-                if prefix == "features.":
-                    module.features.load_state_dict({n.removeprefix(prefix): t for n, t in state.items()})
-                else:
-                    for i, weight in enumerate(module.weights):
-                        weight.copy_(state[f"lin{i}.model.1.weight"].view(weight.shape))
-            except FileNotFoundError:
-                raise ValueError(f"{path}: there is no such file") from None
-            except Exception as error:  # a foreign file fails in many ways: in the unpickler, by names, by shapes
-                raise ValueError(f"{path}: no weights of VGG16 for LPIPS ({first_line(error)})") from None
+        for path, part, template in ((vgg, module.features, "features.{}"),
+                                     (lpips, module.weights, "lin{}.model.1.weight")):
+            state = read_tensors(path, "weights of VGG16 for LPIPS")
+            if isinstance(state, dict):  # torchvision's file has a classifier, too, which LPIPS does not use
+                state = {n: state[template.format(n)] for n in part.state_dict() if template.format(n) in state}
+            load_strict(part, state, path)
         return module
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S) twice -> the mean distance, a scalar, 0 for equal ones."""
-        h, distance, level = (torch.cat([a, b]) - self.shift) / self.scale, 0.0, 0
-        compared = {sum(VGG16[:i + 1]) * 2 + i - 1 for i in range(len(VGG16))}     # after relu1_2, 2_2, 3_3, 4_3, 5_3
+        """Images a and b (B, 3, S, S) -> their mean distance, a scalar; 0 if they are equal."""
+        h, distance = (torch.cat([a, b]) - self.shift) / self.scale, 0.0
         for i, layer in enumerate(self.features):
-            h = layer(h)
-            if i in compared:
-                unit = h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10)
-                one, other = unit.chunk(2)
-                difference = (one - other).square() * self.weights[level][:, None, None]
-                distance, level = distance + difference.sum(1).mean(), level + 1
+            h = layer(h)                                                                           # (2B, C, H, W)
+            if i in COMPARED:
+                unit_a, unit_b = (h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10)).chunk(2)   # (B, C, H, W)
+                difference = (unit_a - unit_b).square() * self.weights[COMPARED.index(i)]
+                distance = distance + difference.sum(1).mean()
         return distance
 
 
-def adversary_share(step: int, start: int, ramp: int) -> float:
-    """How much the critic counts at an update: nothing before `start`, then rising to 1 over `ramp` updates."""
-    return min(1.0, max(0.0, (step - start + 1) / max(1, ramp)))
+def adversarial_share(step: int, start: int, ramp: int) -> float:
+    """The weight of the discriminator at an update: 0 before `start`, then a linear rise to 1 over `ramp` updates."""
+    return min(1.0, max(0.0, (step - start + 1) / ramp))
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """What makes both losses pull equally hard at the decoder's last layer; at most 10,000, and a constant."""
-    near = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0].norm()
-    far = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0].norm()
-    return (near / (far + 1e-4)).clamp(0.0, 1e4).detach()
+    """The weight of the adversarial loss that gives both losses equal gradient norms at the decoder's last layer
+    (Esser et al., eq. 7). It is at most 10,000, and no gradient passes through it."""
+    norms = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+             for loss in (reconstruction_loss, adversarial_loss)]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4).detach()
 
 
-def generator_loss(pixels: Tensor, reconstruction: Tensor, last_layer: Tensor, critic: Discriminator | None = None,
-                 perceptual: Perceptual | None = None, share: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the VQ-GAN wants less of, and its parts, for the log. pixels and reconstruction (B, 3, S, S).
+def generator_loss(pixels: Tensor, reconstruction: Tensor, last_layer: Tensor,
+                   discriminator: Discriminator | None = None, perceptual: Perceptual | None = None,
+                   share: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of the VQ-GAN without the commitment loss, and its terms for the log.
 
-    share in [0, 1]: how much the critic counts. The critic gets no gradient: its weights stand still while it judges.
+    pixels and reconstruction (B, 3, S, S); last_layer: the weights of the decoder's last convolution; share in [0, 1]:
+    the weight of the discriminator. The discriminator is frozen here: this loss gives it no gradient.
     """
     error = reconstruction - pixels
     terms = {"l1": error.abs().mean()}
@@ -122,21 +114,20 @@ def generator_loss(pixels: Tensor, reconstruction: Tensor, last_layer: Tensor, c
     if perceptual is not None:
         terms["perceptual"] = perceptual(reconstruction, pixels)
         loss = loss + terms["perceptual"]
-    if critic is not None and share > 0:
-        critic.requires_grad_(False)
-        adversarial = -critic(reconstruction).mean()
-        critic.requires_grad_(True)
+    if discriminator is not None and share > 0:
+        discriminator.requires_grad_(False)
+        adversarial = -discriminator(reconstruction).mean()
+        discriminator.requires_grad_(True)
         weight = adaptive_weight(loss, adversarial, last_layer)
         loss = loss + share * weight * adversarial
         terms |= {"adversarial": adversarial, "adversarial_weight": share * weight}
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
-def discriminator_loss(critic: Discriminator, pixels: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The hinge: opinions above 1 on images and below -1 on reconstructions are good enough.
-
-    The reconstruction is detached: the critic's progress is not to be paid for by the painter.
-    """
-    real, fake = critic(pixels), critic(reconstruction.detach())
+def discriminator_loss(discriminator: Discriminator, pixels: Tensor,
+                       reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The hinge loss and, for the log, the mean logits. The loss is 0 if all logits are above 1 on images and below -1
+    on reconstructions. The reconstruction is detached: this loss gives the generator no gradient."""
+    real, fake = discriminator(pixels), discriminator(reconstruction.detach())
     loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-    return loss, {"critic_real": real.mean().detach(), "critic_fake": fake.mean().detach()}
+    return loss, {"logits_real": real.mean().detach(), "logits_fake": fake.mean().detach()}

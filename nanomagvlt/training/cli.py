@@ -45,14 +45,14 @@ def add_config_flags(parser: Parser, names: list[str] | None = None) -> None:
                                default=argparse.SUPPRESS, help=comments[field.name].replace("%", "%%"))
 
 
-def given_settings(args: argparse.Namespace) -> dict:
-    """The fields of Config that were given as flags."""
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+def given_settings(args: argparse.Namespace, names: list[str]) -> dict:
+    """Those of these fields of Config that were given as flags."""
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def config_from_args(args: argparse.Namespace) -> Config:
     """The preset named in args with every field that was given. Raises ValueError for a bad value."""
-    return preset(args.preset, **given_settings(args))
+    return preset(args.preset, **given_settings(args, [f.name for f in dataclasses.fields(Config)]))
 
 
 def reader(kind: type):

@@ -1,13 +1,12 @@
-"""Appendix - What a run will cost, before it is begun: computed (--dry-run), and measured (--benchmark).
+"""The cost of a training run before it starts: computed (train.py --dry-run) and measured (train.py --benchmark).
 
-Computed: operations are counted from the sizes (see operations_of_update() in update.py). Memory is what stays:
-weights, their gradients, AdamW's two moments and the moving average, 4 bytes a number each; and what the forward pass
-keeps for the backward pass, which is found out by tracing one pass with tensors that have a shape but no content. What
-comes and goes on top of that is not in it: leave a tenth to spare.
+Computed: operations are counted by PyTorch's FlopCounterMode, in an update of tensors that have a shape but no content.
+Memory is what stays: weights, their gradients, AdamW's two moments and the moving average, 4 bytes a number each; and
+what one forward pass keeps for its backward pass, found by tracing such a pass. Temporary tensors come on top: leave a
+tenth of the memory free.
 
-Measured: some updates of each task, on this machine and with these settings, on as many processes as there are; of
-made-up pairs, so that neither data nor tokenizers are wanted. The updates are those of training, with the longest
-captions there can be; what is not in them is cutting captions into tokens, validation, samples and saves.
+Measured: some updates of each task on this machine, with these settings and this number of processes, on random pairs
+with captions of full length. Not included: BPE, validation, samples and saves.
 """
 import copy
 import dataclasses
@@ -20,22 +19,77 @@ from statistics import median
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from nanomagvlt.training import distributed
-from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.config import Config
-from nanomagvlt.training.loop import optimizer_for
 from nanomagvlt.model import MAGVLT, num_parameters
-from nanomagvlt.sequence import TASKS
-from nanomagvlt.evaluation.speed import matmul_flops, wait
-from nanomagvlt.training.update import Parts, update_ema, compiled_pass, method_of, operations_of_update, update_model
+from nanomagvlt.tokenizers.bpe import BPE
+from nanomagvlt.training.distributed import rank, world_size
+from nanomagvlt.training.loop import optimizer_for
+from nanomagvlt.training.update import Parts, compiled_score, method_of, update_ema, update_model
 
-REACHED = 0.5  # the share of the measured matrix rate that a good training step reaches
+REACHED = 0.5  # the share of the measured rate of matrix products that a good training step reaches
+GIB = 2 ** 30
+
+
+# ---------------------------------------------------------------------------------------------- the machine
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def medians(calls: list[Callable], device: torch.device, repeats: int, warm_up: int = 1) -> list[float]:
+    """The median seconds of each call, over `repeats` rounds in which they take turns, after warm-up rounds."""
+    times = [[] for _ in calls]
+    for i in range(warm_up + repeats):
+        for call, taken in zip(calls, times):
+            synchronize(device)
+            started = time.perf_counter()
+            call()
+            synchronize(device)
+            if i >= warm_up:
+                taken.append(time.perf_counter() - started)
+    return [median(taken) for taken in times]
+
+
+def matmul_flops(device: torch.device, precision: str) -> float:
+    """Operations a second in the product of two square matrices in "fp32" or "bf16": 8192 on a GPU, 1024 on a CPU."""
+    n, dtype = 8192 if device.type == "cuda" else 1024, torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
+    return 2 * n ** 3 / medians([lambda: a @ b], device, 5)[0]
+
+
+# ---------------------------------------------------------------------------------------------- computed
+
+def count_flops(call: Callable) -> int:
+    """Multiplications and additions in the matrix products of call(). PyTorch's counter sees attention only where it
+    is written out, hence SDPBackend.MATH."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        call()
+    return counter.get_total_flops()
+
+
+def empty_losses(cfg: Config, task: str, pairs: int) -> tuple[MAGVLT, Callable[[], torch.Tensor]]:
+    """Inside a FakeTensorMode: a model, and a function that computes its loss on pairs without content."""
+    model, n, t = MAGVLT(cfg), cfg.image_tokens, cfg.text_length
+    sizes = {"image_tokens": (n,), "tall_tokens": (n // 2,), "wide_tokens": (n // 2,), "text_tokens": (t,),
+             "text_lengths": ()}
+    batch = {name: torch.zeros(pairs, *size, dtype=torch.long) for name, size in sizes.items()}
+    return model, lambda: method_of(cfg).losses(model, task, batch, lambda _, *shape: torch.rand(pairs, *shape))[0]
+
+
+def flops_of_update(cfg: Config, task: str) -> int:
+    """Operations of one pair in an update of a task, forward and backward, with a caption of full length."""
+    with FakeTensorMode():
+        _, loss = empty_losses(cfg, task, pairs=2)  # MixSel needs two
+        return count_flops(lambda: loss().backward()) // 2
 
 
 def activation_bytes(cfg: Config, task: str, pairs: int) -> int:
-    """What one pass keeps for the backward pass, weights aside but not their copies in bfloat16."""
+    """What one pass keeps for its backward pass, without weights but with their copies in bfloat16."""
     kept = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -44,15 +98,13 @@ def activation_bytes(cfg: Config, task: str, pairs: int) -> int:
             kept[storage._cdata] = storage.nbytes()
         return tensor
     with FakeTensorMode():
-        model = MAGVLT(dataclasses.replace(cfg, unroll_mask=False, mixsel="off", length_pass="main"))
-        for block in model.blocks:  # with dropout in it, attention on a CPU keeps what a GPU's kernels do not
+        model, loss = empty_losses(dataclasses.replace(cfg, unroll_mask=False, mixsel="off", length_pass="main"), task,
+                                   pairs)
+        for block in model.blocks:  # attention with dropout keeps more on a CPU than a GPU's kernels do
             block.attention.dropout = 0.0
         of_weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        batch = {"image_tokens": torch.zeros(pairs, cfg.image_tokens, dtype=torch.long),
-                 "text_tokens": torch.zeros(pairs, cfg.text_length, dtype=torch.long),
-                 "text_lengths": torch.zeros(pairs, dtype=torch.long)}
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            next(method_of(cfg).loss_terms(model, task, batch, lambda purpose, *shape: torch.rand(pairs, *shape)))
+            loss()
     return sum(kept.values())
 
 
@@ -60,32 +112,28 @@ def report(cfg: Config, device: torch.device) -> str:
     """Parameters, operations, memory and hours of a training run, as text."""
     with torch.device("meta"):
         parameters = num_parameters(MAGVLT(cfg))
-    tasks = [(task, weight / sum(cfg.task_weights)) for task, weight in zip(TASKS, cfg.task_weights) if weight]
-    an_update = cfg.batch_size * sum(share * operations_of_update(cfg, task, cfg.text_length) for task, share in tasks)
-    at_once = cfg.micro_batch or cfg.batch_size
-    one, two = (max(activation_bytes(cfg, task, pairs) for task, _ in tasks) for pairs in (1, 2))
-    state, pair = 20 * parameters, two - one
-    activations = one + (at_once - 1) * pair
-    if distributed.world_size() > 1:
-        state += 4 * parameters  # the gradients in one piece, to be added up
-    torch.set_float32_matmul_precision("high")  # as train.py
-    rate = matmul_flops(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
-    seconds = an_update / (REACHED * rate * distributed.world_size())
-    gib = 2 ** 30
+    update = cfg.batch_size * sum(share * flops_of_update(cfg, task) for task, share in cfg.tasks.items())
+    pairs = cfg.micro_batch or cfg.batch_size
+    one, two = (max(activation_bytes(cfg, task, n) for task in cfg.tasks) for n in (1, 2))
+    state = (24 if world_size() > 1 else 20) * parameters  # several processes sum their gradients in one more copy
+    activations = one + (pairs - 1) * (two - one)
+    rate = matmul_flops(device, cfg.precision)
+    seconds = update / (REACHED * rate * world_size())
     return "\n".join([
         f"parameters   {parameters:,}",
-        f"operations   {an_update / 1e15:.3g} PFLOP an update of {cfg.batch_size:,} pairs, {cfg.steps:,} updates",
-        f"memory       {(state + activations) / gib:.3g} GiB and a tenth to spare: {state / gib:.3g} for weights, "
-        f"gradients, moments and the average,\n             {activations / gib:.3g} for {at_once} pairs at a time "
-        f"({pair / 2 ** 20:.0f} MiB each; --micro-batch makes it fewer)",
-        f"hours        {seconds * cfg.steps / 3600:,.1f} on {distributed.world_size()} x {device}, {seconds:,.3g} s an update, "
-        f"if {REACHED:.0%} of {rate / 1e12:,.3g} TFLOP/s are reached,\n             what multiplying matrices was "
-        f"measured at in {cfg.precision} just now",
+        f"operations   {update / 1e15:.3g} PFLOP an update of {cfg.batch_size:,} pairs, {cfg.steps:,} updates",
+        f"memory       {(state + activations) / GIB:.3g} GiB, and leave a tenth free: {state / GIB:.3g} for weights, "
+        f"gradients, moments and the average,\n             {activations / GIB:.3g} for {pairs} pairs at a time "
+        f"({(two - one) / 2 ** 20:.0f} MiB each; a smaller --micro-batch needs less)",
+        f"hours        {seconds * cfg.steps / 3600:,.1f} on {world_size()} x {device}, {seconds:,.3g} s an update, at "
+        f"{REACHED:.0%} of the {rate / 1e12:,.3g} TFLOP/s\n             of {cfg.precision} matrix products here",
     ])
 
 
-class MadeUpPairs:
-    """In a TokenCache's place: random image tokens, and captions that fill all text places."""
+# ---------------------------------------------------------------------------------------------- measured
+
+class RandomPairs:
+    """Replaces a TokenCache: random image tokens, and captions that fill all text positions."""
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
@@ -103,71 +151,54 @@ class MadeUpPairs:
 
 
 def benchmark(cfg: Config, device: torch.device, updates: int) -> Iterator[str]:
-    """Does so many updates of each task, after one that is not timed (torch.compile), and says line by line how fast
-    they were, all processes together; on a GPU also the memory taken, and how often an update made the CPU wait for it.
-    At last where the time goes in an update of two parts a process. All processes must take all lines."""
+    """Lines of text: the speed of `updates` updates of each task, after one that is not timed, of all processes
+    together; on a GPU also the memory, and how often an update waits for it; and a profile of an update of two parts.
+    All processes must take all lines."""
     torch.set_float32_matmul_precision("high")  # as train.py
     torch.manual_seed(0)
-    rate = distributed.world_size() * matmul_flops(device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    rate = world_size() * matmul_flops(device, cfg.precision)
     model = MAGVLT(cfg).to(device)
     averaged, optimizer = copy.deepcopy(model).requires_grad_(False), optimizer_for(model, cfg, cfg.lr)
-    one_pass, steps = compiled_pass(cfg), count()
-    few = min(cfg.batch_size, 2 * (cfg.micro_batch or cfg.batch_size) * distributed.world_size())  # one would be another graph
-    whole, short = (Parts(dataclasses.replace(cfg, batch_size=pairs), MadeUpPairs(cfg), BPE([]), device)
+    score, steps = compiled_score(cfg), count()
+    few = min(cfg.batch_size, 2 * (cfg.micro_batch or cfg.batch_size) * world_size())  # one would be another graph
+    whole, short = (Parts(dataclasses.replace(cfg, batch_size=pairs), RandomPairs(cfg), BPE([]), device)
                     for pairs in (cfg.batch_size, few))
 
     def update(task: str, parts: Parts = whole) -> float:
         """Its seconds."""
-        of_this_task = dataclasses.replace(parts.cfg, task_weights=tuple(float(name == task) for name in TASKS))
-        wait(device)
+        synchronize(device)
         started = time.perf_counter()
-        update_model(model, optimizer, of_this_task, parts, one_pass, next(steps))
+        update_model(model, optimizer, dataclasses.replace(parts.cfg, task_weights={task: 1.0}), parts, score,
+                     next(steps))
         update_ema(averaged, model, cfg.ema)
-        wait(device)
+        synchronize(device)
         return time.perf_counter() - started
 
-    yield (f"{'':8}{'seconds':10}{'samples/s':12}{'TFLOP/s':10}of {rate / 1e12:.3g}, at which matrices are multiplied "
-           "here")
-    shares = {task: weight / sum(cfg.task_weights) for task, weight in zip(TASKS, cfg.task_weights) if weight}
-    mean, commonest = 0.0, max(shares, key=shares.get)
-    for task, share in shares.items():
+    yield f"{'':8}{'seconds':10}{'samples/s':12}{'TFLOP/s':10}of {rate / 1e12:.3g}, the rate of matrix products here"
+    mean, commonest = 0.0, max(cfg.tasks, key=cfg.tasks.get)
+    for task, share in cfg.tasks.items():
         update(task)
         seconds = median(update(task) for _ in range(updates))
-        reached = cfg.batch_size * operations_of_update(cfg, task, cfg.text_length) / seconds
+        reached = cfg.batch_size * flops_of_update(cfg, task) / seconds
         mean += share * seconds
         yield f"{task:8}{seconds:<10.3g}{cfg.batch_size / seconds:<12.4g}{reached / 1e12:<10.3g}{reached / rate:.0%}"
-    yield (f"{cfg.steps:,} updates, {cfg.batch_size / mean:,.4g} samples/s: at most {mean * cfg.steps / 3600:,.1f} "
-           "hours, and what validation and samples take")
+    yield (f"{cfg.steps:,} updates, {cfg.batch_size / mean:,.4g} samples/s: {mean * cfg.steps / 3600:,.1f} hours, and "
+           "the time of validation and samples")
     if device.type == "cuda":
-        yield (f"memory: {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB at most; the CPU waits for the "
-               f"GPU {waits(lambda: update(commonest))} times in an update")
-    yield f"\n{'share':8}{'ms':10}{'times':8}what takes the time in {commonest}"
-    if distributed.rank() == 0:
-        yield from profiled(lambda: update(commonest, short), device)
-    else:  # the others only take part
+        yield (f"memory: {torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB at most; an update waits for the GPU "
+               f"{count_waits(lambda: update(commonest))} times")
+    with torch.profiler.profile() as profiler:
         update(commonest, short)
+    if rank() == 0:
+        by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        yield profiler.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=60)
 
 
-def waits(update: Callable) -> int:
-    """How often the CPU waits for the GPU, the end aside. One is by design: the gradient's norm must be finite."""
+def count_waits(update: Callable) -> int:
+    """How often the CPU waits for the GPU in an update, its end excepted. Once is right: for the gradient's norm."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         update()
         torch.cuda.set_sync_debug_mode("default")
     return sum("called a synchronizing" in str(warning.message) for warning in seen)
-
-
-def profiled(update: Callable, device: torch.device, rows: int = 12) -> list[str]:
-    """Where an update's time goes: the kernels that take most of it, on a GPU, or the operators, on a CPU."""
-    on_gpu = device.type == "cuda"
-    with torch.profiler.profile() as profiler:
-        update()
-    spent = [(event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
-             for event in profiler.key_averages()
-             if not on_gpu or event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-    total = sum(microseconds for microseconds, *_ in spent)
-    return [f"{microseconds / total:<8.1%}{microseconds / 1000:<10.4g}{times:<8}{name[:80]}"
-            for microseconds, times, name in sorted(spent, reverse=True)[:rows]]

@@ -1,7 +1,7 @@
-"""What every training loop here needs: a learning rate, an optimiser, a log, and a way to stop without loss.
+"""What both training loops share: learning rate, optimiser, log, and a stop that loses nothing.
 
-A loop is then flat: `while step < cfg.steps`, one update, one line in the log, a save, and a look at whether Ctrl-C
-came. Both loops, train_vqgan() in vqtrain.py and train_model() in train.py, read the same way.
+A loop is then flat: `while step < cfg.steps`: one update, a line in the log, a save, a look at the stop flag. So read
+train_vqgan() in train_vqgan.py and train_model() in train.py.
 """
 import json
 import math
@@ -15,15 +15,15 @@ from tqdm import tqdm
 
 from nanomagvlt.config import Config
 
-# For tqdm: in a file, where nobody watches, a line every half minute is enough.
-BAR = {"mininterval": 0.1 if sys.stderr.isatty() else 30}
+BAR = {"mininterval": 0.1 if sys.stderr.isatty() else 30}  # for tqdm: in a file a line every half minute is enough
+MAX_SKIPPED = 3  # updates in a row with a gradient that is not finite
 
 
 class Clock:
-    """`with clock:` adds up the time that passes, and the processor time that this process takes of it."""
+    """`with clock:` adds up the seconds that pass, and the processor seconds of this process."""
 
     def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0):
-        self.seconds, self.cpu_seconds, self.last = seconds, cpu_seconds, 0.0  # last: of the last time alone
+        self.seconds, self.cpu_seconds, self.last = seconds, cpu_seconds, 0.0  # last: of the last `with` alone
 
     def __enter__(self):
         self.began = time.perf_counter(), time.process_time()
@@ -37,12 +37,11 @@ class Clock:
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
 
 
-AT_MOST = 3  # updates in a row whose gradient is not finite
+class FiniteCheck:
+    """Tests whether an update's gradient norm is finite; one that is not has changed no weight, and counts as skipped.
 
-
-class Finite:
-    """Is an update's gradient norm finite? One that is not has changed no weight: it is counted as skipped. Three in a
-    row raise ValueError, since the run has diverged; last.pt is sound all the same."""
+    After three in a row the run has diverged: it raises ValueError. last.pt is sound all the same.
+    """
 
     def __init__(self, run: Path, skipped: int = 0, in_a_row: int = 0):
         self.run, self.skipped, self.in_a_row = run, skipped, in_a_row
@@ -52,22 +51,22 @@ class Finite:
             self.in_a_row = 0
             return True
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row == AT_MOST:
-            raise ValueError(f"the gradients of {AT_MOST} updates in a row, up to step {step:,}, were not finite: "
+        if self.in_a_row == MAX_SKIPPED:
+            raise ValueError(f"the gradients of {MAX_SKIPPED} updates in a row, up to step {step:,}, were not finite: "
                              f"{self.run / 'last.pt'} is sound; try a smaller --lr, under another --name")
         return False
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM came, and all there is has been saved."""
+    """Training was stopped by a signal, and everything is saved."""
 
 
 class Interrupt:
-    """Within `with Interrupt() as stop`, the first Ctrl-C, SIGTERM or SIGUSR1 (by which schedulers warn) is a flag,
-    stop.came, to be looked at after each update; a second one ends at once."""
+    """`with Interrupt() as stop:` the first Ctrl-C, SIGTERM or SIGUSR1 (the warning of schedulers) sets stop.came, which
+    the loop reads after each update; a second signal ends the process at once."""
 
-    def __init__(self, speaks: bool = True):
-        self.speaks = speaks
+    def __init__(self, prints: bool = True):
+        self.prints = prints
 
     def __enter__(self):
         self.came = False
@@ -79,7 +78,7 @@ class Interrupt:
         if self.came:
             sys.exit(128 + number)
         self.came = True
-        if self.speaks:
+        if self.prints:
             tqdm.write("stopping after this update, and saving ...")
 
     def __exit__(self, *error):
@@ -87,17 +86,18 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def learning_rate(step: int, peak: float, warmup: int, total: int, fall: float = 1.0) -> float:
-    """Linear from 0 over the warm-up, then the peak, then half a cosine down to 0 over the last share `fall` of what
-    follows the warm-up; with 1 all of it falls."""
+def learning_rate(step: int, peak: float, warmup: int, total: int, decay_fraction: float = 1.0) -> float:
+    """The rate at a step: linear from 0 in the warm-up, then the peak, then half a cosine down to 0 over the last share
+    `decay_fraction` of the steps after the warm-up."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 1 + fall) / fall)))
+    decay = max(0.0, (progress - 1 + decay_fraction) / decay_fraction)
+    return peak * 0.5 * (1 + math.cos(math.pi * decay))
 
 
 def optimizer_for(model: torch.nn.Module, cfg: Config, lr: float) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices and convolutions only, not on biases, norms, embeddings or positions."""
+    """AdamW with weight decay on matrices and convolutions; not on biases, norms, embeddings and positions."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
@@ -107,9 +107,9 @@ def optimizer_for(model: torch.nn.Module, cfg: Config, lr: float) -> torch.optim
 
 
 class Log:
-    """One JSON line a record, appended; going on from an earlier step drops the lines after it.
+    """A JSON line for each record, appended to a file.
 
-    A last line that a crash cut short, without its newline, is one of those.
+    A run that goes on from an earlier step drops the later lines, and a last line that a crash cut short.
     """
 
     def __init__(self, path: Path, step: int):

@@ -1,9 +1,9 @@
-"""Appendix - Training the VQ-GAN of chapters 6 and 7: whose turn it is, and what is kept.
+"""Appendix - Training the VQ-GAN of chapters 7 and 8: the loop, and one update of generator and discriminator.
 
-train_vqgan() is the loop, update_vqgan() one turn of both players of vqloss.py. The codebook comes in late: until then
-the painter is a plain autoencoder. The critic comes in later still, once there is something to criticise.
+At first the VQ-GAN is a plain autoencoder. From update `vq_start` on, its features are quantised. From update
+`vq_discriminator_start` on, the discriminator is trained, and is part of the generator's loss.
 
-Shapes: B batch, S image side, G = S / patch.
+Shapes: B batch, n images, S image side, G tokens per side, N = G*G, c = codebook_dim.
 """
 import math
 from collections.abc import Iterable
@@ -14,148 +14,132 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from nanomagvlt.config import VQGAN_FIELDS, Config
 from nanomagvlt.data import shapes
-from nanomagvlt.training import checkpoint
-from nanomagvlt.rng import keyed_generator, keyed_seed
-from nanomagvlt.config import Config
 from nanomagvlt.data.cache import Pair, rows_of_step, to_images, to_pixels
-from nanomagvlt.training.loop import BAR, Interrupt, Log, Stopped, learning_rate, optimizer_for
 from nanomagvlt.model import num_parameters
-from nanomagvlt.tokenizers.vqgan import VQGAN, Codebook, codebook_use
-from nanomagvlt.tokenizers.vqgan_loss import Discriminator, Perceptual, adversary_share, discriminator_loss, generator_loss
+from nanomagvlt.rng import keyed_generator, keyed_seed
+from nanomagvlt.tokenizers import vqgan_loss
+from nanomagvlt.tokenizers.vqgan import VQGAN, Codebook, codebook_use, to_rows
+from nanomagvlt.training import checkpoint
+from nanomagvlt.training.loop import BAR, Interrupt, Log, Stopped, learning_rate, optimizer_for
+
+COMMITMENT_WEIGHT = 0.25   # of the commitment loss
+CODEBOOK_DECAY = 0.95      # of the codebook's moving averages, per update
+DISCRIMINATOR_WIDTH = 64   # channels of its first layer
+DISCRIMINATOR_RAMP = 200   # updates in which the discriminator's weight rises to 1
 
 
 def train_vqgan(cfg: Config, pairs: Iterable[Pair], path: Path, device: torch.device) -> VQGAN:
-    """The image tokenizer, trained on the images of the training pairs; goes on where path stopped."""
+    """Trains a VQ-GAN on the images of the pairs and returns it in evaluation mode. Resumes from path if it exists."""
     torch.manual_seed(keyed_seed(cfg.seed, "vqgan weights"))
-    players, step = VQGANTrainer(cfg, device), 0
-    if path.exists():
-        step = players.load(checkpoint.load(path, "vqgan"))
-    model = players.vqgan
-
+    trainer = VQGANTrainer(cfg, device)
+    step = trainer.load(path) if path.exists() else 0
     images = vqgan_images(cfg, pairs)                                                                # (n, S, S, 3)
-    print(f"vqgan: {num_parameters(model):,} parameters on {len(images):,} images of {cfg.image_size}x{cfg.image_size}"
-          + (f", going on at step {step}" if step else ""))
+    print(f"vqgan: {num_parameters(trainer.vqgan):,} parameters, {len(images):,} images"
+          + f", going on at step {step}" * (step > 0))
     log = Log(path.parent / "vqgan_log.jsonl", step)
     with Interrupt() as stop, tqdm(total=cfg.vq_steps, initial=step, desc="vqgan", unit="step", **BAR) as bar:
         while step < cfg.vq_steps:
-            terms, codes = update_vqgan(players, cfg, images, step)
+            terms, codes = update_vqgan(trainer, images, step)
             step += 1
             bar.update()
             if step % cfg.log_every == 0:
                 share, perplexity = codebook_use(codes, cfg.codebook_size)
                 log.write(step=step, used=share, perplexity=perplexity, **{n: t.item() for n, t in terms.items()})
-                bar.set_postfix_str(f"l1 {terms['l1'].item():.4f}, perplexity {perplexity:.1f}, {share:.0%} of codes",
-                                    refresh=False)
+                bar.set_postfix_str(f"l1 {terms['l1'].item():.4f}, {share:.0%} of codes used", refresh=False)
             if step % cfg.save_every == 0 or step == cfg.vq_steps or stop.came:
-                checkpoint.save(path, "vqgan", cfg, step=step, **players.state())
+                checkpoint.save(path, "vqgan", cfg, step=step, **{n: p.state_dict() for n, p in trainer.parts.items()})
             if stop.came and step < cfg.vq_steps:
                 raise Stopped(f"{path} at step {step}")
-    report_vqgan(model.eval(), cfg, images)
-    return model
+    report_vqgan(trainer.vqgan.eval(), cfg, images)
+    return trainer.vqgan
 
 
 def vqgan_images(cfg: Config, pairs: Iterable[Pair]) -> np.ndarray:
-    """What the VQ-GAN learns from: uint8 (n, S, S, 3), vq_images training images and, after them, the joined ones.
+    """The images that train the VQ-GAN, uint8 (n, S, S, 3): those of the first `vq_images` pairs, then joined ones.
 
-    MixSel shows the transformer pairs of squeezed images, so the image tokenizer must know such: a share vq_mixed of
-    the images is joined with the next one, half of these left|right, half top|bottom.
-    """
+    MixSel trains the transformer on joined images, so the VQ-GAN must learn them: a share `vq_mixed` of the images is
+    squeezed and joined with the next image, half of them left|right, half top|bottom."""
     pairs = list(islice(pairs, cfg.vq_images))
-    mixed = round(cfg.vq_mixed * len(pairs))
+    mixed = pairs[:round(cfg.vq_mixed * len(pairs))]
     joined = [np.concatenate([a.tall, b.tall], 1) if i % 2 else np.concatenate([a.wide, b.wide], 0)
-              for i, (a, b) in enumerate(zip(pairs[:mixed], pairs[1:mixed] + pairs[:1]))]
+              for i, (a, b) in enumerate(zip(mixed, mixed[1:] + pairs[:1]))]
     return np.stack([pair.image for pair in pairs] + joined)
 
 
 class VQGANTrainer:
-    """The VQ-GAN in training, with its codebook, its judges and their optimisers; critic and perceptual may be None."""
+    """The VQ-GAN with its codebook, its losses and its optimisers; `parts` are what a checkpoint holds."""
 
     def __init__(self, cfg: Config, device: torch.device):
-        self.vqgan = VQGAN(cfg).to(device)
-        self.codebook = Codebook(self.vqgan.quantize.embedding, cfg.vq_decay)
+        self.cfg, self.vqgan = cfg, VQGAN(cfg).to(device)
+        self.codebook = Codebook(self.vqgan.quantize.embedding, CODEBOOK_DECAY)
         self.optimizer = optimizer_for(self.vqgan, cfg, cfg.vq_lr)
-        self.perceptual = Perceptual.load(cfg.vq_vgg, cfg.vq_lpips).to(device) if cfg.vq_vgg else None
-        self.critic = Discriminator(cfg.vq_discriminator_channels).to(device) if cfg.vq_discriminator else None
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), betas=(0.5, 0.9)) if self.critic else None
+        self.parts = {"vqgan": self.vqgan, "optimizer": self.optimizer, "codebook": self.codebook}
+        self.perceptual = vqgan_loss.Perceptual.load(cfg.vq_vgg, cfg.vq_lpips).to(device) if cfg.vq_vgg else None
+        self.discriminator = vqgan_loss.Discriminator(DISCRIMINATOR_WIDTH).to(device) if cfg.vq_discriminator else None
+        if self.discriminator:
+            self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), betas=(0.5, 0.9))
+            self.parts |= {"discriminator": self.discriminator, "discriminator_optimizer": self.discriminator_optimizer}
 
-    def parts(self) -> dict:
-        """What a checkpoint keeps, by name."""
-        parts = {"vqgan": self.vqgan, "optimizer": self.optimizer, "codebook": self.codebook}
-        return {**parts, "critic": self.critic, "critic_optimizer": self.critic_optimizer} if self.critic else parts
-
-    def state(self) -> dict:
-        return {name: part.state_dict() for name, part in self.parts().items()}
-
-    def load(self, content: dict) -> int:
-        """Goes on from a checkpoint; returns its step."""
-        for name, part in self.parts().items():
+    def load(self, path: Path) -> int:
+        """Resumes from a checkpoint and returns its step. Raises ValueError if it lacks a part or has other sizes."""
+        content = checkpoint.load(path, "vqgan")
+        wrong = [name for name in VQGAN_FIELDS if getattr(content["config"], name) != getattr(self.cfg, name)]
+        if wrong := wrong + [name for name in ("step", *self.parts) if name not in content]:
+            raise ValueError(f"{path}: {wrong[0]} is missing or differs: give it with --vqgan, or take another --name")
+        for name, part in self.parts.items():
             part.load_state_dict(content[name])
         return content["step"]
 
 
-def update_vqgan(players: VQGANTrainer, cfg: Config, images: np.ndarray,
-                 step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """One update of the painter and, once it counts, of the critic (chapter 7): the loss terms, the codes (B, N).
-
-    The first vq_start updates train a plain autoencoder: a codebook laid over features that are still moving fast
-    loses most of its codes.
-    """
-    model, codebook = players.vqgan, players.codebook
-    device = model.quantize.embedding.weight.device
-    quantise = step >= cfg.vq_start
+def update_vqgan(trainer: VQGANTrainer, images: np.ndarray, step: int) -> tuple[dict, torch.Tensor]:
+    """One update of the generator and, once it counts, of the discriminator. Returns loss terms and codes (B, N)."""
+    cfg, vqgan, codebook, device = trainer.cfg, trainer.vqgan, trainer.codebook, trainer.codebook.weight.device
+    quantise = step >= cfg.vq_start  # earlier the features move too fast: most of the codebook would fall out of use
     if step == cfg.vq_start:
         first = to_pixels(images[rows_of_step(0, min(512, len(images)), len(images), cfg.seed)]).to(device)
-        with torch.no_grad():
-            at_once = max(1, 2 ** 21 // cfg.image_size ** 2)  # of large images not all, for the memory's sake
-            z = torch.cat([model.features(part) for part in first.split(at_once)])
-            codebook.start(as_rows(z), keyed_generator(cfg.seed, "codebook start"))
+        with torch.no_grad():  # in parts, to save memory
+            z = torch.cat([vqgan.features(part) for part in first.split(max(1, 2 ** 21 // cfg.image_size ** 2))])
+        codebook.start(to_rows(z), keyed_generator(cfg.seed, "codebook start"))
 
     pixels = to_pixels(images[rows_of_step(step, cfg.vq_batch, len(images), cfg.seed)]).to(device)   # (B, 3, S, S)
-    lr = learning_rate(step, cfg.vq_lr, 50, cfg.vq_steps)
-    reconstruction, commitment, z, codes = model(pixels, quantise)
-    share = adversary_share(step, cfg.vq_discriminator_start, cfg.vq_discriminator_ramp)
-    loss, terms = generator_loss(pixels, reconstruction, model.decoder.conv_out.weight, players.critic,
-                               players.perceptual, share)
-    optimizer_step(players.optimizer, loss + cfg.vq_commitment * commitment, lr)
+    lr = learning_rate(step, cfg.vq_lr, 50, cfg.vq_steps)                                            # 50: warm-up
+    reconstruction, commitment, z, codes = vqgan(pixels, quantise)                                   # z (B, c, G, G)
+    share = vqgan_loss.adversarial_share(step, cfg.vq_discriminator_start, DISCRIMINATOR_RAMP)
+    loss, terms = vqgan_loss.generator_loss(pixels, reconstruction, vqgan.decoder.conv_out.weight,
+                                            trainer.discriminator, trainer.perceptual, share)
+    optimizer_step(trainer.optimizer, loss + COMMITMENT_WEIGHT * commitment, lr)
     if quantise:
-        codebook.update(as_rows(z.detach()), codes.flatten(), keyed_generator(cfg.seed, "codebook", step))
-    if players.critic and share > 0:
-        loss, more = discriminator_loss(players.critic, pixels, reconstruction)
-        optimizer_step(players.critic_optimizer, loss, lr / 4)  # a quarter of the painter's rate: a guess, not tuned
-        terms |= more
+        codebook.update(to_rows(z.detach()), codes.flatten(), keyed_generator(cfg.seed, "codebook", step))
+    if trainer.discriminator and share > 0:
+        loss, logits = vqgan_loss.discriminator_loss(trainer.discriminator, pixels, reconstruction)
+        optimizer_step(trainer.discriminator_optimizer, loss, lr / 4)  # a quarter of the generator's: not tuned
+        terms |= logits
     return {**terms, "commitment": commitment.detach()}, codes
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> None:
-    """One step down the loss. Raises ValueError, before anything is changed, where the gradient is not finite."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    """Backward pass and one step. Raises ValueError, and changes no weight, if the gradient is not finite."""
     optimizer.zero_grad()
     loss.backward()
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not torch.nn.utils.get_total_norm(gradients).isfinite():
-        raise ValueError("the gradient of the VQ-GAN is not finite: try a smaller --vq-lr, under another --name")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if not torch.nn.utils.get_total_norm([p.grad for p in group["params"]]).isfinite():
+            raise ValueError("the gradient of the VQ-GAN is not finite: try a smaller --vq-lr, under another --name")
     optimizer.step()
-
-
-def as_rows(z: torch.Tensor) -> torch.Tensor:
-    """Features (B, c, G, G) -> vectors (B*G*G, c)."""
-    return z.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 @torch.inference_mode()
 def report_vqgan(vqgan: VQGAN, cfg: Config, images: np.ndarray) -> None:
-    """How well up to 500 training images survive being turned into tokens and back."""
-    pixels = to_pixels(images[:500]).to(vqgan.quantize.embedding.weight.device)
-    codes = torch.cat([vqgan.encode(part) for part in pixels.split(100)])
-    painted = torch.cat([vqgan.decode(part) for part in codes.split(100)])
+    """Prints how well up to 500 training images are reconstructed from their tokens."""
+    pixels = to_pixels(images[:500]).to(vqgan.quantize.embedding.weight.device)                      # (n, 3, S, S)
+    codes = torch.cat([vqgan.encode(part) for part in pixels.split(100)])                            # (n, N)
+    decoded = torch.cat([vqgan.decode(part) for part in codes.split(100)])                           # (n, 3, S, S)
+    psnr = 10 * math.log10(4 / (decoded.clamp(-1, 1) - pixels).square().mean().item())
     share, perplexity = codebook_use(codes, cfg.codebook_size)
-    psnr = 10 * math.log10(4 / (painted.clamp(-1, 1) - pixels).square().mean().item())
-    used = f"{round(share * cfg.codebook_size)} of {cfg.codebook_size} codes used"
-    line = f"vqgan: PSNR {psnr:.1f} dB, {used}, perplexity {perplexity:.1f}"
+    print(f"vqgan: PSNR {psnr:.1f} dB, {share:.0%} of {cfg.codebook_size} codes used, perplexity {perplexity:.1f}")
     if level := shapes.level_of(cfg.data):
-        seen, truth = shapes.read_images(to_images(painted), level), shapes.read_images(images[:500], level)
-        right = sum(s.is_clean and s.scene == t.scene for s, t in zip(seen, truth))
-        line += f", {right / len(truth):.1%} of reconstructions judged right"
-    print(line)
+        seen, truth = shapes.read_images(to_images(decoded), level), shapes.read_images(images[:500], level)
+        right = np.mean([s.is_clean and s.scene == t.scene for s, t in zip(seen, truth)])
+        print(f"vqgan: {right:.1%} of reconstructions judged right")

@@ -1,4 +1,4 @@
-"""What a person types: every mistake gets one line that names it, status 2, and leaves nothing behind."""
+"""The scripts as they are typed: every mistake gets one line that names it, status 2, and leaves no file behind."""
 import importlib.util
 import json
 import re
@@ -19,7 +19,8 @@ from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.config import preset
 from nanomagvlt.model import MAGVLT
 from nanomagvlt.tokenizers.vqgan import VQGAN
-from test_pretrained import Evil, in_their_layout
+from test_checkpoint import Evil
+from test_pretrained import in_their_layout
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
@@ -63,119 +64,114 @@ def refused(script: str, argv: list[str], capsys) -> str:
     return error
 
 
-@pytest.mark.parametrize("script, argv, message", [
-    ("train.py", ["--widht", "3"], "unknown argument --widht; did you mean --width?"),
-    ("train.py", ["--preset", "tini"], "no preset 'tini'; did you mean 'tiny'?"),
-    ("train.py", ["--width", "130"], "width 130 is no multiple of heads 4"),
-    ("train.py", ["--width", "many"], "--width: invalid int value: 'many'"),
-    ("train.py", ["--preset", "base"], "preset base names no pairs: give --data"),
-    ("train.py", ["--preset", "base", "--data", "x"], "preset base wants --vqgan, a tokenizer that has been trained"),
-    ("train.py", ["--layers", "0"], "layers 0 must be at least 1"),
-    ("train.py", ["--lr", "-1"], "lr -1.0, vq_lr 0.002 and clip 4.0 must be > 0"),
-    ("train.py", ["--heads", "0"], "heads 0 must be at least 1"),
-    ("train.py", ["--steps", "0"], "steps 0 must be at least 1"),
-    ("train.py", ["--bpe-merges", "-600"], "bpe_merges -600 must be at least 0"),
-    ("train.py", ["--vq-multipliers", ""], "vq_multipliers () must be numbers of at least 1"),
-    ("train.py", ["--vq-steps", "200"], "vq_start 200 must be below vq_steps 200"),
-    ("train.py", ["--model", "argvlt", "--condition-dropout", "0.1"], "condition_dropout is for model magvlt"),
-    ("train.py", ["--clip", "inf"], "clip inf must be finite"),
-    ("train.py", ["--codebook-size", "65537"], "codebook_size 65537 is over 65,536"),
-    ("train.py", ["--task-weights", "1,x"], "'1,x' is no list of numbers"),
-    ("train.py", ["--stage", "vqgn"], "--stage: invalid choice: 'vqgn'"),
+@pytest.mark.parametrize("script, argv, word", [
+    ("train.py", ["--widht", "3"], "--width"),
+    ("train.py", ["--preset", "tini"], "'tiny'"),
+    ("train.py", ["--width", "130"], "heads 4"),
+    ("train.py", ["--width", "many"], "--width"),
+    ("train.py", ["--preset", "base"], "--data"),
+    ("train.py", ["--preset", "base", "--data", "x"], "--vqgan"),
+    ("train.py", ["--layers", "0"], "layers 0"),
+    ("train.py", ["--lr", "-1"], "lr -1.0"),
+    ("train.py", ["--vq-multipliers", ""], "vq_multipliers"),
+    ("train.py", ["--vq-steps", "200"], "vq_start 200"),
+    ("train.py", ["--clip", "inf"], "clip inf"),
+    ("train.py", ["--codebook-size", "65537"], "codebook_size 65537"),
+    ("train.py", ["--task-weights", "t2i"], "--task-weights"),
+    ("train.py", ["--task-weights", "t2j=1"], "'t2i'"),
+    ("train.py", ["--betas", "0.9,x"], "--betas"),
+    ("train.py", ["--stage", "vqgn"], "--stage"),
     ("train.py", ["--device", "cuda:9"], "--device cuda:9"),
-    ("train.py", ["extra"], "unknown argument extra"),
-    ("sample.py", ["--promt", "x"], "unknown argument --promt; did you mean --prompt?"),
-    ("sample.py", [], "give --prompt"),
-    ("sample.py", ["--prompt", "x"], "run `python train.py --preset tiny`"),
-    ("sample.py", ["--prompt", "x", "--checkpoint", "no.pt"], "no.pt: there is no such file"),
-    ("sample.py", ["--prompt", "x", "--num-samples", "0"], "--num-samples 0: must be at least 1"),
-    ("eval.py", ["--num-scnes", "3"], "did you mean --num-scenes?"),
-    ("eval.py", ["scene"], "invalid choice: 'scene'"),
-    ("eval.py", ["--num-scenes", "0"], "--num-scenes 0: must be at least 1"),
-    ("eval.py", [], "run `python train.py --preset tiny`"),
-    ("eval.py", ["--checkpoint", "no.pt"], "no.pt: there is no such file"),
-    ("eval.py", ["table", "--arms", "ful"], "--arms: no 'ful'; did you mean 'full'?"),
-    ("eval.py", ["table", "--minutes", "-1"], "--minutes -1: must be at least 0"),
-    ("eval.py", ["speed", "--repeats", "0"], "--repeats 0: must be at least 1"),
-    ("eval.py", ["speed", "--batches", "1,x"], "--batches: invalid"),
-    ("train.py", ["--micro-batch", "3"], "batch_size 16 is no multiple of micro_batch 3"),
+    ("train.py", ["--micro-batch", "3"], "micro_batch 3"),
+    ("train.py", ["extra"], "extra"),
+    ("sample.py", ["--promt", "x"], "--prompt"),
+    ("sample.py", [], "--prompt"),
+    ("sample.py", ["--prompt", "x"], "python train.py --preset tiny"),
+    ("sample.py", ["--prompt", "x", "--checkpoint", "no.pt"], "no.pt"),
+    ("sample.py", ["--prompt", "x", "--num-samples", "0"], "--num-samples 0"),
+    ("eval.py", ["--num-scnes", "3"], "--num-scenes"),
+    ("eval.py", ["scene"], "'scene'"),
+    ("eval.py", ["--num-scenes", "0"], "--num-scenes 0"),
+    ("eval.py", [], "python train.py --preset tiny"),
+    ("eval.py", ["--checkpoint", "no.pt"], "no.pt"),
+    ("eval.py", ["table", "--variants", "ful"], "'full'"),
+    ("eval.py", ["speed", "--repeats", "0"], "--repeats 0"),
+    ("eval.py", ["speed", "--batches", "1,x"], "--batches"),
     ("data/prepare.py", ["--sorce", "x"], "--source"),
-    ("data/prepare.py", NEEDED["data/prepare.py"], "v.pt: there is no such file"),
+    ("data/prepare.py", NEEDED["data/prepare.py"], "v.pt"),
 ])
-def test_mistakes_before_anything_is_trained(script, argv, message, capsys):
-    assert message in refused(script, argv, capsys)
+def test_mistakes_before_anything_is_trained(script, argv, word, capsys):
+    assert word in refused(script, argv, capsys)
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--image", "none.png"], "none.png: No such file"),
-    (["--image", "text.png"], "text.png: not an image"),
+@pytest.mark.parametrize("argv, word", [
+    (["--image", "none.png"], "none.png"),
+    (["--image", "text.png"], "text.png"),
     (["--image", "."], "Is a directory"),
-    (["--prompt", "x", "--steps", "17"], "image_steps 17 must lie in 1..16"),
-    (["--prompt", "x", "--steps", "0"], "image_steps 0 must lie in 1..16"),
-    (["--prompt", "x", "--temperature", "0"], "image_temperature"),
-    (["--prompt", "x", "--temperature", "nan"], "image_temperature (nan, nan) must be finite"),
-    (["--prompt", "x", "--temperature", "1e-40"], "image_temperature (1e-40, 1e-40) must be two numbers >= 0.001"),
-    (["--image", "text.png", "--temperature", "0"], "text_temperature 0.0 must be at least 0.001"),
-    (["--prompt", "x", "--device", "meta"], "--device meta: give auto, cpu, cuda or cuda:1"),
-    (["--prompt", "x", "--top-k", "-1"], "image_top_k -1"),
-    (["--prompt", "x", "--out", "no/such/folder.png"], "--out no/such/folder.png: there is no folder no/such"),
-    (["--prompt", "x", "--checkpoint", "text.png"], "text.png: not a checkpoint"),
-    (["--image", "text.png", "--prompt", "x"], "text.png: not an image"),
-    (["--text", "a [MASK]"], "--text wants the --image"),
-    (["--text", "a [MASK]", "--prompt", "x"], "give one of them"),
-    (["--image", "white.png", "--text", "a circle"], "'a circle' has no [MASK]"),
-    (["--image", "white.png", "--text", "a [MASK:99]"], "'a [MASK:99]' has 101 tokens with its end: at most 24 fit"),
-    (["--prompt", "x", "--region", "0,0,9,9"], "--region says what of an --image is made anew: give one"),
-    (["--image", "white.png", "--region", "0,0,9,9"], '--region wants --prompt "..."'),
-    (["--image", "white.png", "--prompt", "x", "--region", "0,0,9,99"], "within 40 x 32 pixels"),
-    (["--image", "white.png", "--prompt", "x", "--region", "0,0,9"], "--region: invalid box value: '0,0,9'"),
-    (["--image", "white.png", "--prompt", "x", "--mask", "black.png"], "nothing is to be made anew"),
-    (["--image", "white.png", "--prompt", "x", "--mask", "small.png"], "they must have one size"),
-    (["--image", "white.png", "--prompt", "x", "--mask", "text.png"], "text.png: not an image"),
-    (["--image", "white.png", "--prompt", "x", "--keep", "1"], "--keep 1.0: must lie in [0, 1)"),
-    (["--image", "white.png", "--prompt", "x", "--keep", "0", "--mask", "x.png"], "--mask and --keep: give one of"),
-    (["--image", "white.png", "--blend"], "--blend wants an --image and a --prompt"),
-    (["--image", "white.png", "--guidance", "2"], "--guidance is for drawings"),
-    (["--prompt", "x", "--guidance", "2"], "guidance 2.0 wants a model trained with condition_dropout"),
-    (["--prompt", "x", "--candidates", "3"], "--candidates 3: must be at least --num-samples 8"),
-    (["--prompt", "x", "--candidates", "9"], "--candidates wants who chooses"),
-    (["--prompt", "x", "--judge"], "--judge chooses among --candidates"),
+    (["--prompt", "x", "--image-steps", "17"], "image_steps 17"),
+    (["--prompt", "x", "--image-temperature", "0,0"], "image_temperature"),
+    (["--prompt", "x", "--image-temperature", "nan,1"], "image_temperature"),
+    (["--image", "text.png", "--text-temperature", "0"], "text_temperature"),
+    (["--prompt", "x", "--device", "meta"], "--device meta"),
+    (["--prompt", "x", "--image-top-k", "-1"], "image_top_k -1"),
+    (["--prompt", "x", "--image-order", "haltom"], "image_order"),
+    (["--prompt", "x", "--out", "no/such/folder.png"], "--out no/such/folder.png"),
+    (["--prompt", "x", "--checkpoint", "text.png"], "text.png"),
+    (["--image", "text.png", "--prompt", "x"], "text.png"),
+    (["--text", "a [MASK]"], "--image"),
+    (["--text", "a [MASK]", "--prompt", "x"], "--prompt"),
+    (["--image", "white.png", "--text", "a circle"], "[MASK]"),
+    (["--image", "white.png", "--text", "a [MASK:99]"], "24"),
+    (["--image", "white.png", "--text", "a [MASK] [MASK:0]"], "[MASK:3]"),
+    (["--prompt", "x", "--region", "0,0,9,9"], "--image"),
+    (["--image", "white.png", "--region", "0,0,9,9"], "--prompt"),
+    (["--image", "white.png", "--prompt", "x", "--region", "0,0,9,99"], "40 x 32"),
+    (["--image", "white.png", "--prompt", "x", "--region", "0,0,9"], "--region"),
+    (["--image", "white.png", "--prompt", "x", "--mask", "black.png"], "mask"),
+    (["--image", "white.png", "--prompt", "x", "--mask", "small.png"], "small.png"),
+    (["--image", "white.png", "--prompt", "x", "--mask", "text.png"], "text.png"),
+    (["--image", "white.png", "--prompt", "x", "--mask", "glass.png"], "glass.png"),
+    (["--image", "white.png", "--prompt", "x", "--keep", "1"], "--keep 1.0"),
+    (["--image", "white.png", "--prompt", "x", "--keep", "0", "--mask", "x.png"], "--mask and --keep"),
+    (["--image", "white.png", "--prompt", "x", "--outside"], "--region"),
+    (["--image", "white.png", "--blend"], "--prompt"),
+    (["--image", "white.png", "--guidance", "2"], "--guidance"),
+    (["--prompt", "x", "--guidance", "2"], "guidance 2.0"),
+    (["--prompt", "x", "--candidates", "3"], "--candidates 3"),
+    (["--prompt", "x", "--candidates", "9"], "--clip"),
+    (["--prompt", "x", "--judge"], "--candidates"),
+    (["--prompt", "x", "--candidates", "9", "--judge"], "--judge"),
+    (["--prompt", "x", "--candidates", "9", "--judge", "--trace"], "--trace"),
     (["--prompt", "x", "--candidates", "9", "--clip", "text.png", "--bpe", "runs/x/last.pt"], "text.png"),
-    (["--prompt", "x", "--candidates", "9", "--clip", "text.png", "--bpe", "no"], "python data/download.py clip-bpe"),
-    (["--prompt", "x", "--attention", "blue"], "'blue' is no word of 'x'"),
-    (["--prompt", "x" * 24 + " y", "--attention", "y"], "only 24 tokens of the prompt are read"),
-    (["--prompt", "x", "--candidates", "9", "--judge"], "--judge does not understand 'x'"),
-    (["--prompt", "x", "--candidates", "9", "--judge", "--trace"], "--trace shows the first"),
-    (["--prompt", "x", "--clean"], "--clean is for whole captions"),
-    (["--image", "white.png", "--prompt", "x", "--outside"], "--outside wants the --region or --mask"),
-    (["--image", "white.png", "--prompt", "x", "--mask", "glass.png"], "glass.png has transparent places"),
-    (["--image", "white.png", "--text", "a [MASK] [MASK:0]"], "write [MASK] for one token, [MASK:3] for three"),
-    (["--together"], "want a model that was trained in it2it, as tiny is"),
-    (["--prompt", "x", "--order", "haltom"], "--order: invalid choice: 'haltom'"),
-    (["--together", "--prompt", "x"], "--together writes its own text"),
-    (["--prompt", "x", "--sha256", "00"], "last.pt: its SHA-256 is"),
+    (["--prompt", "x", "--candidates", "9", "--clip", "text.png", "--bpe", "no"], "data/download.py clip-bpe"),
+    (["--prompt", "x", "--attention", "blue"], "'blue'"),
+    (["--prompt", "x" * 24 + " y", "--attention", "y"], "24"),
+    (["--prompt", "x", "--clean"], "--clean"),
+    (["--together"], "it2it"),
+    (["--together", "--prompt", "x"], "--prompt"),
+    (["--prompt", "x", "--sha256", "00"], "SHA-256"),
 ])
-def test_mistakes_in_sampling(argv, message, trained, capsys):
+def test_mistakes_in_sampling(argv, word, trained, capsys):
     Path("text.png").write_text("no image")
     for name, colour, size in (("white", "white", (40, 32)), ("black", "black", (40, 32)), ("small", "white", (8, 8))):
         Image.new("RGB", size, colour).save(f"{name}.png")
     Image.new("RGBA", (40, 32)).save("glass.png")
-    assert message in refused("sample.py", argv, capsys)
+    assert word in refused("sample.py", argv, capsys)
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--data", "nowhere"], "nowhere: no such folder or tar file"),
-    (["--data", "shapes:tinny"], "did you mean 'tiny'?"),
-    (["--vqgan", "no.pt"], "no.pt: there is no such file"),
-    (["--cache", "no"], "no/train: no token cache there; make it with data/prepare.py"),
+@pytest.mark.parametrize("argv, word", [
+    (["--data", "nowhere"], "nowhere"),
+    (["--data", "shapes:tinny"], "'tiny'"),
+    (["--vqgan", "no.pt"], "no.pt"),
+    (["--cache", "no"], "no/train"),
     (["--bpe", "no.txt"], "no.txt"),
-    (["--vq-channels", "8"], "--vq-channels 8, but runs/x/vqgan.pt has 4"),
+    (["--vq-channels", "8"], "--vq-channels 8"),
 ])
-def test_mistakes_that_training_finds_on_its_way(argv, message, trained, capsys):
+def test_mistakes_that_training_finds_on_its_way(argv, word, trained, capsys):
     with pytest.raises(SystemExit) as exit:
         train.main(["--preset", "micro", "--pairs", "40", "--vq-images", "40", "--vqgan", "runs/x/vqgan.pt", *argv])
     last = capsys.readouterr().err.splitlines()[-1]
-    assert exit.value.code == 2 and last.startswith("train.py: ") and message in last
+    assert exit.value.code == 2 and last.startswith("train.py: ") and word in last
 
 
 def test_drawing_and_captioning(trained, capsys):
@@ -185,10 +181,10 @@ def test_drawing_and_captioning(trained, capsys):
     first = drawn()
     assert "-> samples.png\n3 x 'a red circle'" in capsys.readouterr().out
     assert np.array_equal(first, drawn()) and not np.array_equal(first, drawn("--seed", "1"))
-    assert not np.array_equal(first, drawn("--steps", "5", "--temperature", "2", "--top-k", "3"))
+    assert not np.array_equal(first, drawn("--image-steps", "5", "--image-temperature", "2,2", "--image-top-k", "3"))
     assert not np.array_equal(first, drawn("--seed", str(10 ** 30))) and "only the first" not in capsys.readouterr().out
     sample.main(["--prompt", "x" * 25, "--num-samples", "1"])
-    assert "the prompt is longer than 24 tokens: only the first 24 are read" in capsys.readouterr().out
+    assert "longer than 24 tokens" in capsys.readouterr().out
     capsys.readouterr()
     sample.main(["--image", "samples.png", "--num-samples", "3", "--checkpoint", str(trained)])
     lines = capsys.readouterr().out.split("\n")
@@ -196,7 +192,7 @@ def test_drawing_and_captioning(trained, capsys):
 
 
 def test_editing_filling_choosing_and_watching(tmp_path, capsys):
-    untrained(tmp_path / "runs" / "x" / "last.pt", task_weights=(1.0, 1.0, 1.0))
+    untrained(tmp_path / "runs" / "x" / "last.pt", task_weights={"t2i": 1.0, "i2t": 1.0, "it2it": 1.0})
 
     def run(*argv, count=3) -> tuple[str, np.ndarray]:
         sample.main([*argv, "--num-samples", str(count)])
@@ -207,9 +203,9 @@ def test_editing_filling_choosing_and_watching(tmp_path, capsys):
                  "--blend"):
         out, drawn[part] = run(*picture, *prompt, *part.split())
         assert "3 x 'a red circle'" in out
-    assert "8 of 16 tokens are made anew" in run(*picture, *prompt, "--region", "16,0,32,32", "--outside")[0]
+    assert "8 of 16 tokens" in run(*picture, *prompt, "--region", "16,0,32,32", "--outside")[0]
     _, plain = run(*prompt)
-    for everything in ("--region 0,0,64,32", "--keep 0"):           # all made anew: a drawing like others
+    for everything in ("--region 0,0,64,32", "--keep 0"):           # all drawn again: a drawing like others
         assert np.array_equal(run(*picture, *prompt, *everything.split())[1], plain)
     one = run(*prompt, count=1)[1]
     assert np.array_equal(plain[8:168:5, 8:168:5], one)                           # the first is the single one
@@ -218,12 +214,12 @@ def test_editing_filling_choosing_and_watching(tmp_path, capsys):
     together = run("--together")[0]
     assert len(together.splitlines()) == 5 and run("--together", count=1)[0].splitlines()[2] == together.splitlines()[2]
     assert "-> samples.png" in run("--together", *picture, "--keep", "0.5", "--text", "a [MASK] circle", "--trace")[0]
-    assert "the best 3 of 4: " in run(*prompt, "--candidates", "4", "--judge", "--order", "halton")[0]
+    assert "the best 3 of 4: " in run(*prompt, "--candidates", "4", "--judge", "--image-order", "halton")[0]
     assert run(*picture, "--candidates", "4", "--judge")[0].count("  (0.") == 3
-    run(*prompt, "--trace", "--attention", "red circle", "--schedule", "square")
+    run(*prompt, "--trace", "--attention", "red circle", "--image-schedule", "square")
     strip, film = Image.open("samples-steps.png"), Image.open("samples-steps.gif")
     assert film.n_frames == 2 and strip.size == (196, 296) and Image.open("samples-attention.png").size == (196, 196)
-    assert "  2  " in run(*picture, "--trace", "--order", "random", "--temperature", "1")[0]
+    assert "  2  " in run(*picture, "--trace", "--text-order", "random", "--text-temperature", "1,1")[0]
 
 
 def test_eval_scenes_writes_what_it_prints(trained, capsys):
@@ -245,7 +241,7 @@ def test_eval_edit_and_sweep(tmp_path, capsys):
     with pytest.raises(SystemExit):
         eval.main(["edit", "--checkpoint", str(untrained(tmp_path / "short.pt")), "--num-scenes", "3"])
     assert "captions of shapes:micro have more than text_length 24 tokens here" in capsys.readouterr().err
-    untrained(tmp_path / "runs" / "x" / "last.pt", task_weights=(1.0, 1.0, 1.0), text_length=60)
+    untrained(tmp_path / "runs" / "x" / "last.pt", task_weights={"t2i": 1.0, "i2t": 1.0, "it2it": 1.0}, text_length=60)
     eval.main(["edit", "--num-scenes", "3", "--phrasings", "2", "--num-pairs", "2", "--out", "edit.json"])
     results, out = json.loads(Path("edit.json").read_text()), capsys.readouterr().out
     for name in ("object_inpainted", "object_inpainted_without", "object_infilled", "object_infilled_without",
@@ -286,14 +282,6 @@ def test_prepare_then_train_on_it(trained, capsys):
 def test_help_as_typed(script):
     result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and script in result.stdout and result.stderr == ""
-
-
-def test_eval_bpe_compares_with_clips_algorithm(capsys):
-    BPE.train(["a red circle above a blue circle, better and better"], 40).save("bpe.txt")
-    Path("captions.txt").write_text("a red circle\n<|endoftext|> the Redder, the BETTER\n\ncaf\u00e9 ab ab ab\n")
-    eval.main(["bpe", "--captions", "captions.txt", "--bpe", "bpe.txt"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[0].startswith("3 captions: ") and all("same ids" in line for line in lines)
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +335,7 @@ def test_bad_published_files(how, message, force, published_file, monkeypatch, c
 def test_a_published_file_draws_and_captions(published_file, capsys):
     Path("a.ckpt").write_bytes(published_file)
     BPE.train(["aaaa bbbb"], 4).save("bpe.txt")
-    sample.main("--prompt x --checkpoint a.ckpt --heads 3 --bpe bpe.txt --num-samples 2 --steps 4".split())
+    sample.main("--prompt x --checkpoint a.ckpt --heads 3 --bpe bpe.txt --num-samples 2 --image-steps 4".split())
     assert "s a picture" in capsys.readouterr().out
     pretrained.main("a.ckpt --out ours.pt --heads 3 --bpe bpe.txt".split())
     for name in ("a.ckpt", "ours.pt"):

@@ -1,92 +1,104 @@
+"""Checkpoints are written whole or not at all. Hostile, damaged and other files are refused by every loader."""
+import dataclasses
+import errno
 import os
+import pickle
 import re
+import resource
+from pathlib import Path
 
 import pytest
 import torch
 
-from nanomagvlt.training import checkpoint
+from nanomagvlt.evaluation.fid import load_inception
+from nanomagvlt.sampling.clip import load_clip
 from nanomagvlt.tokenizers.bpe import BPE
-from nanomagvlt.training.checkpoint import CheckpointError
 from nanomagvlt.tokenizers.vqgan import VQGAN
+from nanomagvlt.training import checkpoint, pretrained
 
 
-class Malicious:
+class Evil:
     def __reduce__(self):
         return os.mkdir, ("touched",)
 
 
+def refused(load, path, word: str) -> None:
+    """Checks that load(path) raises one printable line with the file's name and a word."""
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .*{word}") as error:
+        load(path)
+    assert str(error.value).isprintable()
+
+
 def save(path, cfg, model):
-    checkpoint.save(path, "magvlt", cfg, step=3, model=model.state_dict(), bpe=BPE([]).to_text(),
-                    vqgan=VQGAN(cfg).state_dict())
+    checkpoint.save(path, "magvlt", cfg, model=model.state_dict(), bpe=BPE([]).to_text(), vqgan=VQGAN(cfg).state_dict())
 
 
-def test_there_and_back(cfg, model, tmp_path):
+def test_a_loaded_model_has_the_saved_weights(cfg, model, tmp_path):
+    cfg = dataclasses.replace(cfg, data="state_dict")          # a word by which published checkpoints are recognised
     save(tmp_path / "last.pt", cfg, model)
+    assert not pretrained.looks_published(tmp_path / "last.pt")
     loaded, _, bpe = checkpoint.load_magvlt(tmp_path / "last.pt")
     assert loaded.cfg == cfg and bpe.merges == [] and not loaded.training
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
     assert checkpoint.weight_hash(loaded) == checkpoint.weight_hash(model)
     loaded.output_bias.data[0] += 1
     assert checkpoint.weight_hash(loaded) != checkpoint.weight_hash(model)
-    assert checkpoint.weight_hash(loaded.bfloat16()) != checkpoint.weight_hash(model)  # as sampling on a GPU has it
 
 
-def test_files_that_are_no_checkpoint(cfg, model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("force", ["0", "1"])
+@pytest.mark.parametrize("load", [checkpoint.load_vqgan, checkpoint.load_magvlt, pretrained.load_vqgan,
+                                  pretrained.load_magvlt, pretrained.looks_published, load_clip, load_inception])
+def test_no_loader_runs_what_a_file_contains(load, force, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # must not matter
-    save(tmp_path / "good.pt", cfg, model)
-    data = (tmp_path / "good.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(data[:len(data) // 2])
-    (tmp_path / "text.pt").write_text("text")
-    torch.save(Malicious(), tmp_path / "malicious.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    checkpoint.save(tmp_path / "vqgan.pt", "vqgan", cfg, vqgan=VQGAN(cfg).state_dict())
-    content = torch.load("good.pt", weights_only=True)
-    torch.save({**content, "config": {**content["config"], "widht": 3}}, tmp_path / "config.pt")
-    torch.save({**content, "config": {**content["config"], "width": 32}}, tmp_path / "shape.pt")
-    torch.save({**content, "model": {**content["model"], 3: 4}}, tmp_path / "numbers.pt")
-    torch.save({**content, "bpe": 3}, tmp_path / "bpe.pt")
-    torch.save({**content, "config": {**content["config"], "width": 16.0}}, tmp_path / "width.pt")
-    torch.save({**content, "vqgan": {name: x.long() for name, x in content["vqgan"].items()}}, tmp_path / "integers.pt")
-    for name, message in {
-            "none.pt": "no such file", "cut.pt": "not a checkpoint", "text.pt": "not a checkpoint",
-            "malicious.pt": "not a checkpoint", "list.pt": "something else", "vqgan.pt": "holds vqgan, where a magvlt",
-            "config.pt": "did you mean 'width'", "shape.pt": r"blocks\.0\.[a-z0-9.]+ is \(.*, not \(32",
-            "numbers.pt": "not all of its MAGVLT is real numbers with names",
-            "bpe.pt": "its merges cannot be used", "width.pt": "configuration cannot be used",
-            "integers.pt": "not all of its VQGAN is real numbers"
-    }.items():
-        with pytest.raises(CheckpointError, match=f"{re.escape(name)}: .*{message}") as error:
-            checkpoint.load_magvlt(tmp_path / name)
-        assert "\n" not in str(error.value)
-    assert not (tmp_path / "touched").exists()
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", force)
+    content = {"kind": "magvlt", "state_dict": {"a": torch.zeros(1)}, "callbacks": Evil()}
+    torch.save(content, "new")
+    torch.save(content, "old", _use_new_zipfile_serialization=False)
+    data = Path("new").read_bytes()
+    for name, data in (("raw", pickle.dumps(Evil(), protocol=2)), ("cut", data[:len(data) // 2]), ("text", b"text"),
+                       ("red", b"\x80\x02cnumpy\x1b[31m\nmkdir\n.")):           # an escape sequence in a name
+        Path(name).write_bytes(data)
+    for name, word in (("new", r"'\w+\.mkdir'"), ("old", r"'\w+\.mkdir'"), ("raw", r"'\w+\.mkdir'"), ("red", "mkdir"),
+                       ("cut", "damaged"), ("text", "damaged"), ("none", "no such file")):
+        refused(load, name, word)
+    assert not Path("touched").exists()
 
 
-def test_a_save_is_whole_or_absent(cfg, model, tmp_path, monkeypatch):
+def test_a_checkpoint_with_wrong_content_is_refused(cfg, model, tmp_path):
+    path = tmp_path / "a.pt"
+    save(path, cfg, model)
+    good = torch.load(path, weights_only=True)
+    for changes, word in (
+            ({"kind": "vqgan"}, "magvlt"), ({"config": {"widht": 3}}, "widht"), ({"bpe": 3}, "merges"),
+            ({"config": {**good["config"], "width": 32}}, r"blocks\.0\."),
+            ({"config": {**good["config"], "width": 16.0}}, "configuration"),
+            ({"model": {**good["model"], 3: 4}}, "MAGVLT"),
+            ({"vqgan": {name: x.long() for name, x in good["vqgan"].items()}}, "int64")):
+        torch.save(good | changes, path)
+        refused(checkpoint.load_magvlt, path, word)
+    torch.save({"kind": "magvlt", "config": {}}, path)
+    refused(checkpoint.load_magvlt, path, "magvlt")
+
+
+def test_a_full_disk_leaves_the_last_save_whole_and_is_an_error_with_number_and_name(cfg, model, tmp_path):
     save(tmp_path / "last.pt", cfg, model)
-    before = (tmp_path / "last.pt").read_bytes()
+    before, limits = (tmp_path / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            save(tmp_path / "last.pt", cfg, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(tmp_path / "last.pt")
+    assert (tmp_path / "last.pt").read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
 
-    def full_disk(content, file):
-        file.write(b"half a")
-        raise OSError("No space left on device")
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError):
-        save(tmp_path / "last.pt", cfg, model)
-    assert (tmp_path / "last.pt").read_bytes() == before
 
-
-def test_newest(cfg, tmp_path):
-    with pytest.raises(CheckpointError, match="python train.py --preset tiny"):
+def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):
+    with pytest.raises(ValueError, match="train.py"):
         checkpoint.newest(tmp_path)
-    for age, name in enumerate(("b", "a")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "last.pt").touch()
-        os.utime(tmp_path / name / "last.pt", (1000 - age, 1000 - age))
-    assert checkpoint.newest(tmp_path) == tmp_path / "b" / "last.pt"
-
-
-@pytest.mark.parametrize("kind", ["vqgan", "magvlt"])
-def test_a_checkpoint_without_its_weights_is_refused(kind, tmp_path):
-    torch.save({"kind": kind, "config": {}}, tmp_path / "a.pt")
-    with pytest.raises(checkpoint.CheckpointError, match=f"a.pt: a {kind} checkpoint without its"):
-        checkpoint.load(tmp_path / "a.pt", kind)
+    paths = [tmp_path / name / "last.pt" for name in "abc"]
+    for path, time in zip(paths, (2, 3, 1)):
+        path.parent.mkdir()
+        path.touch()
+        os.utime(path, (time, time))
+    assert checkpoint.newest(tmp_path) == paths[1]

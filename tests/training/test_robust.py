@@ -1,4 +1,4 @@
-"""What only real processes show: killed at any moment, told to stop, two of them at once. `pytest -m slow`."""
+"""What only real processes show: kills at any moment, signals, two processes at once. `pytest -m slow`."""
 import json
 import os
 import random
@@ -68,8 +68,8 @@ def test_twenty_kills_lose_nothing_before_the_last_save(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_two_processes_stop_when_told_and_go_on_as_if_they_had_not(number, tmp_path, monkeypatch):
-    """torchrun passes SIGTERM on by itself, and SIGUSR1 where it is told to."""
+def test_two_processes_stop_at_a_signal_and_go_on_as_if_uninterrupted(number, tmp_path, monkeypatch):
+    """torchrun forwards SIGTERM by default, and SIGUSR1 with --signals-to-handle."""
     monkeypatch.chdir(tmp_path)
     port = 29_000 + os.getpid() % 500
 
@@ -109,8 +109,8 @@ train.main(sys.argv[1:])
 
 
 @pytest.mark.slow
-def test_all_wait_for_a_slow_save_when_each_is_told_to_stop(tmp_path, monkeypatch):
-    """One that left while the first still saves would be missed by torchrun, which then ends the first."""
+def test_all_processes_wait_for_a_slow_save_after_a_signal(tmp_path, monkeypatch):
+    """If one ended while the first still saves, torchrun would kill the first."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT)))
     process = start(["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
@@ -143,7 +143,7 @@ train.main(sys.argv[1:])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_process_that_fails_ends_all_and_says_why(rank, tmp_path, monkeypatch):
+def test_one_process_that_fails_ends_all_with_its_message(rank, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text(BROKEN.format(root=str(ROOT), rank=rank))
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29_500 + os.getpid() % 500),
@@ -154,12 +154,12 @@ def test_one_process_that_fails_ends_all_and_says_why(rank, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_two_processes_rehearse_together(tmp_path, monkeypatch):
+def test_two_processes_benchmark_together(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29_500 + os.getpid() % 500),
                str(ROOT / "train.py"), *SMALL, "--micro-batch", "2", "--benchmark", "1"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and done.stdout.count("what takes the time in") == 1 and not list(tmp_path.iterdir())
+    assert done.returncode == 0 and done.stdout.count("Self CPU time total") == 1 and not list(tmp_path.iterdir())
 
 
 POOL = """

@@ -1,0 +1,77 @@
+"""Training the VQ-GAN: which images it learns from, and how it resumes."""
+import json
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanomagvlt.config import Config, preset
+from nanomagvlt.data.sources import read_pairs
+from nanomagvlt.training import checkpoint, train_vqgan
+from nanomagvlt.training.loop import Stopped
+
+SMALL = dict(vq_images=8, vq_mixed=0.5, vq_steps=6, vq_start=2, vq_batch=4, vq_channels=4, vq_latent=8,
+             codebook_size=16, codebook_dim=4, log_every=1, vq_discriminator=True, vq_discriminator_start=3)
+CPU = torch.device("cpu")
+
+
+def pairs(cfg: Config) -> list:
+    return list(read_pairs(cfg.data, cfg.image_size, Counter(), 8))
+
+
+def train(folder: Path) -> tuple[dict, list[dict]]:
+    """The checkpoint and the log of a training run in this folder."""
+    cfg = preset("micro", **SMALL)
+    folder.mkdir(exist_ok=True)
+    train_vqgan.train_vqgan(cfg, pairs(cfg), folder / "vqgan.pt", CPU)
+    log = (folder / "vqgan_log.jsonl").read_text().splitlines()
+    return torch.load(folder / "vqgan.pt", weights_only=True), [json.loads(line) for line in log]
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_the_discriminator_is_trained_and_resumed_with_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vqgan, "DISCRIMINATOR_RAMP", 2)
+    monkeypatch.setattr(train_vqgan, "DISCRIMINATOR_WIDTH", 4)
+    straight, log = train(tmp_path / "straight")
+    original = train_vqgan.update_vqgan
+
+    def with_ctrl_c(*args):
+        if args[-1] == 3:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train_vqgan, "update_vqgan", with_ctrl_c)
+        train(tmp_path / "stopped")
+    assert equal((straight, log), train(tmp_path / "stopped")) and "discriminator" in straight
+    for name in ("logits_real", "logits_fake", "adversarial", "adversarial_weight"):
+        assert [name in line for line in log] == [False] * 3 + [True] * 3
+
+
+def test_a_checkpoint_without_optimizer_or_of_another_image_size_is_refused(tmp_path):
+    cfg, path = preset("micro", **SMALL), tmp_path / "vqgan.pt"
+    trainer = train_vqgan.VQGANTrainer(cfg, CPU)
+    content = {name: part.state_dict() for name, part in trainer.parts.items()}
+    checkpoint.save(path, "vqgan", cfg, step=1, **content)
+    assert trainer.load(path) == 1
+    with pytest.raises(ValueError, match=r"vqgan\.pt.* --vqgan.* --name"):
+        train_vqgan.VQGANTrainer(preset("micro", **SMALL, image_size=64), CPU).load(path)
+    checkpoint.save(path, "vqgan", cfg, step=1, **{name: content[name] for name in content if name != "optimizer"})
+    with pytest.raises(ValueError, match=r"vqgan\.pt.* --vqgan.* --name"):
+        trainer.load(path)
+
+
+def test_the_vqgan_also_learns_from_joined_images():
+    cfg = preset("micro", **SMALL)
+    images, (first, second, third, *_) = train_vqgan.vqgan_images(cfg, pairs(cfg)), pairs(cfg)  # 8 images, 4 joined
+    assert images.shape == (12, 32, 32, 3) and all((a == b.image).all() for a, b in zip(images, pairs(cfg)))
+    assert (images[8][:16] == first.wide).all() and (images[8][16:] == second.wide).all()
+    assert (images[9][:, :16] == second.tall).all() and (images[9][:, 16:] == third.tall).all()
