@@ -164,7 +164,7 @@ def save_samples(pipeline: Pipeline, cache: TokenCache, path: Path) -> None:
     rows = np.arange(min(8, len(cache)))
     captions, generator = cache.captions(rows), keyed_generator("samples")
     drawn = pipeline.draw(captions, generator)
-    image_tokens = cache.image_tokens(rows)
+    image_tokens = cache.tokens_of(rows)[0]
     written = pipeline.read_texts(*pipeline.write_tokens(image_tokens, generator)[:2])
     images = np.concatenate([drawn, pipeline.tokens_to_image(image_tokens)])
     path.parent.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
 """Fetches published files: python data/download.py clip-bpe
 
-A download that broke off goes on where it stopped; a file whose digest is known is checked before it gets its name.
-data/README.md says what each file is, under which licence, and what to do when its host is gone.
+An interrupted download continues where it stopped. A file with a known SHA-256 is checked before it gets its name.
+data/README.md describes each file, its licence, and other places to find it.
 """
 import hashlib
 import http.client
@@ -34,11 +34,6 @@ FILES = {
                   "pt_inception-2015-12-05-6726825d.pth",
                   "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
 }
-CHUNK = 1 << 20  # bytes
-
-
-class DownloadError(Exception):
-    """A file that could not be had; the message is one line that says why and what to do."""
 
 
 def sha256_of(path: Path) -> str:
@@ -47,10 +42,10 @@ def sha256_of(path: Path) -> str:
 
 
 def download(url: str, path: Path, sha256: str = "") -> str:
-    """Fetches url to path by way of path.part, where an earlier try may have left a beginning. Returns its SHA-256.
+    """Fetches a file, by way of path.part, and returns its SHA-256. A file that exists is only checked.
 
-    A file that is there already is only checked. Raises DownloadError; what has come so far is then kept, unless it
-    is whole and wrong.
+    Raises ValueError, one line, if the file cannot be fetched or has another SHA-256. path.part keeps what has arrived,
+    and the next call continues it, unless the content is wrong.
     """
     part = path.with_name(path.name + ".part")
     if not path.exists():
@@ -58,40 +53,40 @@ def download(url: str, path: Path, sha256: str = "") -> str:
         try:
             _fetch(url, part)
         except urllib.error.HTTPError as error:
-            raise DownloadError(f"{url}: {error.code} {error.reason}; data/README.md says where else to look") from None
+            raise ValueError(f"{url}: {error.code} {error.reason}; data/README.md names other places") from None
         except (OSError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            raise DownloadError(f"{url}: {reason}; run the same command again to go on") from None
-    found = sha256_of(part if not path.exists() else path)
+            raise ValueError(f"{url}: {reason}; run the same command again to continue") from None
+    found = sha256_of(path if path.exists() else part)
     if sha256 and found != sha256:
         part.unlink(missing_ok=True)
-        raise DownloadError(f"{path}: its SHA-256 is {found}, not {sha256}: delete it, and fetch it again")
+        raise ValueError(f"{path}: its SHA-256 is {found}, not {sha256}: delete it, and fetch it again")
     if not path.exists():
         os.replace(part, path)
     return found
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Appends to part what it lacks. Raises OSError or HTTPException where the connection does not last."""
+    """Appends the missing bytes to part. Raises OSError or HTTPException if the connection fails."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         answer = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{have}":
-            return  # nothing is left to send: all of it is here
+            return  # the server has no more bytes: part is whole
         raise
     with answer:
-        goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        have = have if goes_on else 0  # a server that cannot go on sends it all
+        continues = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        have = have if continues else 0  # a server without ranges sends all of it
         total = have + int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
-        with (open(part, "ab" if goes_on else "wb") as file,
+        with (open(part, "ab" if continues else "wb") as file,
               tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem) as bar):
-            while chunk := answer.read(CHUNK):
+            while chunk := answer.read(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))
     if total is not None and part.stat().st_size != total:
-        raise OSError(f"the connection broke off after {part.stat().st_size:,} of {total:,} bytes")
+        raise OSError(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         file, url, sha256 = FILES[name]
         try:
             found = download(url, args.to / file, sha256)
-        except DownloadError as error:
+        except ValueError as error:
             parser.error(str(error))
         except OSError as error:
             parser.error(f"{error.filename}: {error.strerror or error}")

@@ -1,20 +1,17 @@
-"""Chapter 11 - From files to pairs.
+"""Chapter 11 - From files to pairs of an image and a caption.
 
-Where pairs come from is one string; several sources are written with commas between:
-  shapes:LEVEL                 the small world, drawn on the fly
-  a folder                     images with a .txt (or .json with "caption" or "captions") of the same name beside them
-  tar shards                   as img2dataset and webdataset write them, KEY.jpg KEY.txt KEY.json: a path, a folder of
+A source of pairs is one string. Several sources are written with commas between them:
+  shapes:LEVEL                 the small world of chapter 10, drawn when it is read
+  a folder                     images, each with a .txt (or .json with "caption" or "captions") of the same name
+  tar shards                   KEY.jpg KEY.txt KEY.json, as img2dataset and webdataset write them: a path, a folder of
                                .tar files, or a quoted pattern, 'shards/*.tar' or 'shards/{00000..00331}.tar'
-  coco:CAPTIONS.json:IMAGES/   COCO's captions_*.json or Karpathy's dataset_coco.json; a pair for each caption
+  coco:CAPTIONS.json:IMAGES/   COCO's captions_*.json or Karpathy's dataset_coco.json; one pair per caption
 
-    source --pieces_of--> pieces --usable--> images with captions --pairs_in--> pairs
+    source --pieces_of--> pieces --usable--> captions and images --as_pairs--> pairs
 
-A piece is a shard, or ten thousand images: what can be read without the rest, and is done anew if it was interrupted.
-Reading is where hostile input is met, once: an image is known by its content, never by its name, its size is read
-before it is decoded, nothing is unpacked to disk, and what cannot be used is counted by reason, never fatal and never
-silent. Read on in data.py.
-
-Shapes: S image side in pixels.
+A piece is a shard or ten thousand images: a share of the source that is read without the rest. Hostile input is met
+here and nowhere else: an image is recognised by its content, its size is checked before it is decoded, and nothing is
+unpacked to disk. A sample that cannot be used is counted by reason. S is the image side in pixels. Read on in cache.py.
 """
 import contextlib
 import glob
@@ -41,55 +38,61 @@ from nanomagvlt.data import shapes
 from nanomagvlt.rng import keyed_seed
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 64_000_000   # more is refused unread: a few bytes of PNG can claim gigabytes
-MAX_ASPECT = 20           # a longer strip has nothing to show after a square crop
-MAX_BYTES = 100_000_000   # no image of MAX_PIXELS needs more, and a header may claim anything
-MAX_BAD_SHARE = 0.05      # a source worse than this is a mistake, not bad luck
-PIECE = 10_000            # samples in a piece of a folder, of a COCO file or of shapes, as in a shard of img2dataset
-CHUNK = 1 << 20           # bytes
-SAMPLE_BYTES = 20_000     # of a shard, taken for one sample where nothing tells better: a JPEG of 256 pixels
+MAX_PIXELS = 64_000_000  # a few bytes of PNG can claim gigabytes
+MAX_ASPECT = 20          # a square crop shows little of a longer strip
+MAX_BYTES = 100_000_000  # of one file: enough for any image of MAX_PIXELS
+MAX_BAD_SHARE = 0.05     # of a source
+PIECE = 10_000           # samples in a piece, as in a shard of img2dataset
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, zlib.error,
-              lzma.LZMAError)  # what tarfile raises on broken files
+              lzma.LZMAError)  # raised by tarfile for damaged files
+JSON_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  # damaged, or of another structure
 
-Content = Callable[[], bytes]                             # what is in a file, read when asked; raises BadSample
-Load = Callable[[], tuple[list[str], Image.Image]]        # captions and image, read when asked; raises BadSample
+
+class BadSample(Exception):
+    """A sample that cannot be used. The message is the reason under which it is counted."""
+    count = 1  # more if the message stands for all samples that a damaged shard has lost
+
+
+class NotAnImage(BadSample):
+    """A file that is not an image."""
+
+
+File = tuple[str, str, Path | bytes | BadSample]  # group, suffix, and the content or the reason why there is none
+Sample = tuple[str, list[str], Image.Image]       # key, captions, image
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A share of a source: samples(counts) yields key and Load of each, and counts what is lost on the way."""
-    identity: tuple  # what tells whether it is still the same: names, sizes and times of change
-    samples: Callable[[Counter], Iterator[tuple[str, Load]]]
+    """A share of a source: load() turns each of items() into a sample, or raises BadSample."""
+    identity: tuple  # names, sizes and times of change of the files: it changes if the content does
+    items: Callable[[], Iterable]
+    load: Callable[..., Sample]
 
 
 @dataclass
 class Pair:
-    """An image, its caption, and the whole image squeezed into half the room, as MixSel joins two of them."""
+    """An image and a caption. MixSel joins two images that are squeezed to half the width or half the height."""
     key: str
     image: np.ndarray  # uint8 (S, S, 3)
-    tall: np.ndarray   # uint8 (S, S/2, 3)
-    wide: np.ndarray   # uint8 (S/2, S, 3)
+    tall: np.ndarray   # uint8 (S, S/2, 3): the whole image
+    wide: np.ndarray   # uint8 (S/2, S, 3): the whole image
     caption: str
 
 
-class BadSample(Exception):
-    """A sample that cannot be used; the message is the reason it is counted under."""
+@dataclass(frozen=True)
+class CaptionedImage:
+    """An image in a caption file. `file` is a path in the folder of images; `domain` is NoCaps' own, else ""."""
+    id: int | str
+    file: str
+    domain: str
+    captions: list[str]
 
 
-class NotAnImage(BadSample):
-    """A file of some other kind."""
-
-
-class DataError(ValueError):
-    """A source that cannot be used; the message is one line that names it and says what to do."""
-
-
-# ---------------------------------------------------------------------------------------------- images
+# ---------------------------------------------------------------------------------------------- images and pairs
 
 def open_image(data: bytes) -> Image.Image:
-    """An upright RGB picture from the bytes of an image file, transparency laid on white. Raises BadSample."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's notes on odd metadata; the size is checked here
+    """The upright RGB image in the bytes of a file, with transparent parts white. Raises BadSample."""
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of odd metadata
         try:
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
             w, h = image.size
@@ -98,15 +101,15 @@ def open_image(data: bytes) -> Image.Image:
             if max(w, h) > MAX_ASPECT * min(w, h):
                 raise BadSample("image is too long and thin")
             image.load()
-            with contextlib.suppress(Exception):  # broken orientation data: show it as it is stored
+            with contextlib.suppress(Exception):  # a damaged orientation tag: the image stays as it is stored
                 image = ImageOps.exif_transpose(image)
         except Image.DecompressionBombError:
             raise BadSample("image has too many pixels") from None
         except UnidentifiedImageError:
             raise NotAnImage("not an image") from None
-        except (OSError, SyntaxError, ValueError, EOFError, zlib.error):  # what Pillow raises on broken files
+        except (OSError, SyntaxError, ValueError, EOFError, zlib.error):  # raised by Pillow for damaged files
             raise BadSample("broken image") from None
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: plain conversion would clip it to white
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: convert("RGB") would clip it to white
         image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -115,13 +118,13 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def square(image: Image.Image, side: int) -> np.ndarray:
-    """The shorter side scaled to `side`, then the centre: uint8 (side, side, 3)."""
+    """The centre of an image, uint8 (side, side, 3): its shorter side is scaled to `side`."""
     return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
 
 
 def random_crop(image: Image.Image, side: int, rng: random.Random) -> np.ndarray:
-    """DALL-E's augmentation: a square near the centre, scaled to at most 9/8 of `side`, and a random part of that,
-    uint8 (side, side, 3). Never mirrored: captions say left and right."""
+    """DALL-E's augmentation: a square near the centre is scaled to between 1 and 9/8 of `side`, and a random part of it
+    is cut out, uint8 (side, side, 3). It is never mirrored: captions contain "left" and "right"."""
     s = min(image.size)
     x, y = (rng.randrange(3 * slack // 8, max(3 * slack // 8 + 1, 5 * slack // 8))
             for slack in (image.width - s, image.height - s))
@@ -131,179 +134,149 @@ def random_crop(image: Image.Image, side: int, rng: random.Random) -> np.ndarray
     return np.asarray(scaled.crop((x, y, x + side, y + side)))
 
 
-# ---------------------------------------------------------------------------------------------- samples and pairs
-
 def read_pairs(source: str, image_size: int, counts: Counter, num_shapes: int = 0, split: str = "train",
                seed: int = 0) -> Iterator[Pair]:
-    """The usable pairs of a source, in an order that never changes; counts gains "good" samples, and bad by reason.
+    """The usable pairs of a source, always in the same order. Raises ValueError for a source that cannot be used.
 
-    num_shapes and seed matter to `shapes:LEVEL` alone, split ("train", "val", "test") to it and to Karpathy's file.
-    Raises DataError for a source that is not there, holds nothing, or of which more than 5% is bad.
+    counts gains the number of samples under "good", and of bad samples under the reason. num_shapes and seed apply to
+    `shapes:LEVEL`, split ("train", "val" or "test") to it and to Karpathy's file.
     """
     for piece in pieces_of(source, image_size, num_shapes, split, seed):
-        yield from pairs_in(piece, image_size, counts)
-    refuse_bad(source, counts)
+        for sample in usable(piece, counts):
+            yield from as_pairs(*sample, image_size)
+    check_bad_share(source, counts)
 
 
-def usable(piece: Piece, counts: Counter) -> Iterator[tuple[str, list[str], Image.Image]]:
-    """Key, captions and image of the samples that can be used; counts gains what read_pairs() says."""
-    for key, load in piece.samples(counts):
+def usable(piece: Piece, counts: Counter) -> Iterator[Sample]:
+    """The usable samples of a piece; counts as in read_pairs()."""
+    for item in piece.items():
         try:
-            captions, image = load()
-        except BadSample as reason:
-            counts[str(reason)] += 1
-            continue
-        counts["good"] += 1
-        yield key, captions, image
+            sample = piece.load(item)
+        except BadSample as error:
+            counts[str(error)] += error.count
+        else:
+            counts["good"] += 1
+            yield sample
 
 
-def pairs_in(piece: Piece, side: int, counts: Counter, crops: int = 0, seed: int = 0) -> Iterator[Pair]:
-    """A pair for each caption of each sample: of its centre or, `crops` times, of a random crop of it.
-
-    Which crops follows from the seed and the sample's key. The squeezed images are always of the whole.
-    """
-    for key, captions, image in usable(piece, counts):
-        yield from as_pairs(key, captions, image, side, crops, seed)
-
-
-def as_pairs(key: str, captions: list[str], image: Image.Image, side: int, crops: int = 0,
-             seed: int = 0) -> Iterator[Pair]:
-    """The pairs of one sample; those of one view of the image share its arrays."""
-    tall, wide = (np.asarray(image.resize(size, Image.Resampling.LANCZOS))
-                  for size in ((side // 2, side), (side, side // 2)))
+def as_pairs(key: str, captions: list[str], image: Image.Image, side: int, crops: int = 0, seed: int = 0
+             ) -> Iterator[Pair]:
+    """A pair for each caption of each view of an image: its centre, or `crops` random crops by seed and key."""
+    half = side // 2
+    tall, wide = (np.asarray(image.resize(size, Image.Resampling.LANCZOS)) for size in ((half, side), (side, half)))
     rngs = (random.Random(keyed_seed(seed, "crop", key, i)) for i in range(crops))
     for view in [random_crop(image, side, rng) for rng in rngs] or [square(image, side)]:
         for caption in captions:
             yield Pair(key, view, tall, wide, caption)
 
 
-def refuse_bad(source: str, counts: Counter) -> None:
-    """Raises DataError where nothing could be used, or more than 5% could not."""
-    bad = sum(counts.values()) - counts["good"]
-    if counts["good"] == 0:
-        raise DataError(f"{source}: no usable pair of an image and a caption{left_out(counts)}")
-    if bad > MAX_BAD_SHARE * (bad + counts["good"]):
-        raise DataError(f"{source}: {bad} of {bad + counts['good']} samples are bad, more than {MAX_BAD_SHARE:.0%}: "
-                        f"mend or remove them{left_out(counts)}")
+def check_bad_share(source: str, counts: Counter) -> None:
+    """Raises ValueError if a source has no good sample, or more than 5% bad ones."""
+    good, total, least = counts["good"], sum(counts.values()), 1 - MAX_BAD_SHARE
+    if good == 0 or total - good > MAX_BAD_SHARE * total:
+        raise ValueError(f"{source}: {good} of {total} samples are good, {least:.0%} must be{left_out(counts)}")
 
 
 def left_out(counts: Counter) -> str:
-    """'; left out: 3 x not an image' and so on, or nothing."""
+    """The bad samples by reason, such as "; left out: 3 x not an image"; empty if there are none."""
     bad = ", ".join(f"{n} x {reason}" for reason, n in counts.most_common() if reason != "good")
     return f"; left out: {bad}" if bad else ""
 
 
 # ---------------------------------------------------------------------------------------------- sources
 
-def pieces_of(source: str, image_size: int = 0, num_shapes: int = 0, split: str = "train",
-              seed: int = 0) -> list[Piece]:
-    """The pieces of a source; what the arguments mean, and what is raised, says read_pairs(). image_size 0: any."""
-    if source.startswith("shapes:"):
-        return _shapes_pieces(source, image_size, num_shapes, split, seed)
+def pieces_of(source: str, image_size: int = 0, num_shapes: int = 0, split: str = "train", seed: int = 0
+              ) -> list[Piece]:
+    """The pieces of a source, with the arguments of read_pairs(). Raises ValueError for a source that is absent."""
     pieces = []
     for part in [source] if os.path.exists(source) else source.split(","):
-        if part.startswith("coco:"):
+        if part.startswith("shapes:"):
+            pieces += _shapes_pieces(part, image_size, num_shapes, split, seed)
+        elif part.startswith("coco:"):
             pieces += _coco_pieces(part, split)
         elif os.path.isdir(part) and not glob.glob(f"{glob.escape(part)}/*.tar"):
             pieces += _folder_pieces(part)
         else:
-            pieces += [Piece(_stamp(shard), partial(_tar_samples, shard)) for shard in _shards(part)]
+            pieces += [Piece(_stamp(shard), lambda shard=shard: _groups(_tar_files(shard)), _load)
+                       for shard in _shards(part)]
     return pieces
 
 
 def _stamp(path: str | Path) -> tuple[str, int, int]:
-    """A file's name, size and time of change."""
-    about = os.stat(path)
-    return str(path), about.st_size, about.st_mtime_ns
+    stat = os.stat(path)
+    return str(path), stat.st_size, stat.st_mtime_ns
 
 
 def _shapes_pieces(source: str, image_size: int, num_shapes: int, split: str, seed: int) -> list[Piece]:
-    try:
-        level = shapes.get_level(source.removeprefix("shapes:"))
-    except ValueError as error:
-        raise DataError(f"{source}: {error}") from None
+    level = shapes.level_of(source)
     if image_size not in (0, shapes.IMAGE):
-        raise DataError(f"{source} draws {shapes.IMAGE} pixels a side, but image_size is {image_size}: set it so")
+        raise ValueError(f"{source} needs image_size {shapes.IMAGE}, not {image_size}")
 
-    def samples(start: int, counts: Counter) -> Iterator[tuple[str, Load]]:
-        for i in range(start, min(start + PIECE, num_shapes)):
-            yield f"{i:09d}", partial(draw, i)
-
-    def draw(i: int) -> tuple[list[str], Image.Image]:
+    def draw(i: int) -> Sample:
         rng = random.Random(keyed_seed(seed, split, i))
         scene = shapes.random_scene(level, rng, split)
         image = Image.fromarray(shapes.draw_scene(scene, level, rng))
-        return [shapes.describe(scene, level, rng)], image
-    return [Piece((source, split, seed, num_shapes, start), partial(samples, start))
-            for start in range(0, num_shapes, PIECE)]
+        return f"{i:09d}", [shapes.describe(scene, level, rng)], image
+    return [Piece((source, split, seed, num_shapes, i), partial(range, i, min(i + PIECE, num_shapes)), draw)
+            for i in range(0, num_shapes, PIECE)]
 
 
 def _folder_pieces(folder: str) -> list[Piece]:
-    """A key is a file's path without its suffix, which begins at the last dot."""
+    """The pieces of a folder and its subfolders. A group is a path without its suffix, which begins at the last dot."""
     paths = (path for path in Path(folder).rglob("*")
              if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    files = sorted((str(path.with_suffix("")), path.suffix[1:].lower(), path) for path in paths)
-    groups = [list(group) for _, group in groupby(files, key=lambda file: file[0])]
-
-    def samples(groups: list, counts: Counter) -> Iterator[tuple[str, Load]]:
-        return _assembled((key, suffix, partial(_read, path)) for group in groups for key, suffix, path in group)
-    return [Piece(tuple(_stamp(path) for group in share for _, _, path in group), partial(samples, share))
+    groups = list(_groups(sorted((str(path.with_suffix("")), path.suffix[1:].lower(), path) for path in paths)))
+    return [Piece(tuple(_stamp(path) for group in share for _, _, path in group), partial(iter, share), _load)
             for share in (groups[i:i + PIECE] for i in range(0, len(groups), PIECE))]
 
 
-def _read(path: str | Path) -> bytes:
+def read_caption_file(path: Path, split: str | None) -> tuple[list[CaptionedImage], bool]:
+    """The images of COCO's, NoCaps' or Karpathy's caption file, and whether it has splits: only Karpathy's has.
+
+    split selects images of Karpathy's file: "train" includes his "restval", None means "test". Ids are compared as
+    strings. Raises ValueError for a file of another structure, captions of an unknown id, and two images of one id.
+    """
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise BadSample("no image") from None
-    except (OSError, ValueError):  # the latter: a name that no file can have
-        raise BadSample("unreadable file") from None
-    if len(data) > MAX_BYTES:
-        raise BadSample("file is too large")
-    return data
+        content, captions = json.loads(path.read_bytes()), defaultdict(list)
+        if has_splits := "annotations" not in content:
+            splits = {None: ("test",), "train": ("train", "restval")}.get(split, (split,))
+            images = [(row.get("cocoid", row["filename"]), row)  # in his files of Flickr there is no cocoid
+                      for row in content["images"] if row["split"] in splits]
+            rows = [(id, os.path.join(row.get("filepath", ""), row["filename"]), "") for id, row in images]
+            pairs = [(id, sentence["raw"]) for id, row in images for sentence in row["sentences"]]
+        else:
+            rows = [(row["id"], str(row["file_name"]), row.get("domain", "")) for row in content["images"]]
+            pairs = [(row["image_id"], row["caption"]) for row in content["annotations"]]
+        for id, caption in pairs:
+            captions[str(id)].append(caption.strip())
+    except JSON_ERRORS:
+        raise ValueError(f"{path}: neither COCO's captions nor Karpathy's") from None
+    ids = Counter(str(id) for id, _, _ in rows)
+    if len(ids) < len(rows):
+        raise ValueError(f"{path}: has two images {ids.most_common(1)[0][0]}")
+    if unknown := [id for id in captions if id not in ids]:
+        raise ValueError(f"{path}: has captions of image {unknown[0]}, but no such image")
+    return [CaptionedImage(*row, _as_captions(captions[str(row[0])])) for row in rows], has_splits
 
 
 def _coco_pieces(source: str, split: str) -> list[Piece]:
     path, _, folder = source.removeprefix("coco:").rpartition(":")
-    if not path or not os.path.isfile(path) or not os.path.isdir(folder):
-        raise DataError(f"{source}: give coco:CAPTIONS.json:FOLDER, a file and the folder of its images")
-    try:
-        images = list(_coco_captions(json.loads(Path(path).read_bytes()), split).items())
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise DataError(f"{path}: neither COCO's captions (images, annotations with captions) nor Karpathy's (images "
-                        "with sentences)") from None
+    if not os.path.isfile(path) or not os.path.isdir(folder):
+        raise ValueError(f"{source}: give coco:CAPTIONS.json:FOLDER, a file and the folder of its images")
+    images, _ = read_caption_file(Path(path), split)
 
-    def samples(share: list, counts: Counter) -> Iterator[tuple[str, Load]]:
-        for name, captions in share:
-            yield name, partial(load, name, captions)
-
-    def load(name: str, captions: list) -> tuple[list[str], Image.Image]:
-        if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
+    def load(image: CaptionedImage) -> Sample:
+        if os.path.isabs(image.file) or os.path.normpath(image.file).startswith(".."):
             raise BadSample("image outside of its folder")
-        if not (captions := _as_captions(captions)):
+        if not image.captions:
             raise BadSample("no caption")
-        return captions, open_image(_read(os.path.join(folder, name)))
-    return [Piece((*_stamp(path), folder, split, i), partial(samples, images[i:i + PIECE]))
+        return image.file, image.captions, open_image(_read(Path(folder, image.file)))
+    return [Piece((*_stamp(path), folder, split, i), partial(iter, images[i:i + PIECE]), load)
             for i in range(0, len(images), PIECE)]
 
 
-def _coco_captions(content: dict, split: str) -> dict[str, list[str]]:
-    """The captions of each image file. Karpathy's splits: most train on his train and restval."""
-    if "annotations" in content:
-        captions = defaultdict(list)
-        for annotation in content["annotations"]:
-            captions[annotation["image_id"]].append(annotation["caption"])
-        return {str(image["file_name"]): captions[image["id"]] for image in content["images"]}
-    splits = ("train", "restval") if split == "train" else (split,)
-    return {os.path.join(image.get("filepath", ""), image["filename"]): [s["raw"] for s in image["sentences"]]
-            for image in content["images"] if image["split"] in splits}
-
-
-# ---------------------------------------------------------------------------------------------- tar shards
-
 def _shards(pattern: str) -> list[str]:
-    """The files of a path, a folder of shards, or a pattern with * ? or {first..last}; a range must be there whole."""
+    """The files of a path, a folder, or a pattern with * ? or {first..last}. Raises ValueError if one is absent."""
     if os.path.isdir(pattern):
         return sorted(glob.glob(f"{glob.escape(pattern)}/*.tar"))
     if (numbers := re.search(r"\{(\d+)\.\.(\d+)\}", pattern)) and not os.path.exists(pattern):
@@ -312,111 +285,78 @@ def _shards(pattern: str) -> list[str]:
                 _shards(f"{pattern[:numbers.start()]}{i:0{len(first)}d}{pattern[numbers.end():]}")]
     shards = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
     if not shards:
-        raise DataError(f"{pattern}: no such folder or tar file (shards may be given as a quoted pattern, "
-                        "'path/*.tar' or 'path/{00000..00331}.tar')")
+        raise ValueError(f"{pattern}: no such folder or tar file (a pattern of shards needs quotes, as 'path/*.tar')")
     return shards
 
 
-def _tar_samples(shard: str, counts: Counter) -> Iterator[tuple[str, Load]]:
-    damage, found = Counter(), 0
-    for found, sample in enumerate(_assembled(_tar_files(shard, damage)), 1):
-        yield sample
-    if damage:
-        counts[f"lost in {shard}, which is damaged (estimate)"] += _lost_samples(shard, found, damage["bytes"])
-
-
-def _tar_files(shard: str, damage: Counter) -> Iterator[tuple[str, str, Content]]:
-    """Group, suffix and content of the files in a shard. A group is all up to the first dot, as webdataset has it.
-
-    tarfile takes a damaged header for the archive's end; told to ignore zeros, it looks for the next sound one. What
-    it skipped then lies between the end of one member and the beginning of the next: damage["bytes"], if any.
-    """
-    end = 0  # of the last member
-    with open(shard, "rb") as file:  # a shard that may not be read is no damaged one: that error is the caller's
+def _tar_files(shard: str) -> Iterator[File]:
+    """The files of a shard. At the first damage reading stops, and one more file stands for all samples that are lost:
+    their number follows from img2dataset's _stats.json, or is 1 without it. A missing end mark is not damage."""
+    groups = set()
+    with open(shard, "rb") as file:  # outside of try: a shard that cannot be opened is not damaged
         try:
-            tar = tarfile.open(fileobj=file, mode="r:*", ignore_zeros=True)
+            tar = tarfile.open(fileobj=file, mode="r:*")
             for member in tar:
-                if member.size < 0 or member.offset < end:
-                    raise tarfile.ReadError("a member that ends before it begins")
-                _note_damage(tar.fileobj, end, member.offset, damage)
-                end = tar.offset
-                folder, _, base = member.name.rpartition("/")
-                key, _, suffix = base.partition(".")
-                if member.isfile() and key:  # no key: a hidden file, such as some systems strew about
-                    yield f"{folder}/{key}", suffix.lower(), _content(tar.fileobj, member)
-            if not _note_damage(tar.fileobj, end, None, damage):
-                raise tarfile.ReadError("no end mark: it was cut between two members")
+                if member.size < 0 or member.issparse():
+                    raise tarfile.ReadError("hostile: a sparse file of a few bytes may claim terabytes of zeros")
+                folder, _, name = member.name.rpartition("/")
+                key, _, suffix = name.partition(".")  # a key ends at the first dot, as in webdataset
+                if member.isfile() and key:           # without key: a hidden file
+                    content = BadSample("file is too large")
+                    if member.size <= MAX_BYTES and len(content := tar.fileobj.read(member.size)) < member.size:
+                        raise tarfile.ReadError("the shard ends within this file")
+                    groups.add(f"{folder}/{key}")
+                    yield f"{folder}/{key}", suffix.lower(), content
+            tar.fileobj.seek(tar.offset)
+            if any(block.strip(b"\0") for block in iter(partial(tar.fileobj.read, 1 << 20), b"")):
+                raise tarfile.ReadError("a damaged header: tarfile stops there without an error")
         except TAR_ERRORS:
-            damage["bytes"] += max(0, os.path.getsize(shard) - end)
+            damage = BadSample(f"lost in {shard}, which is damaged")
+            with contextlib.suppress(OSError, *JSON_ERRORS):
+                stats = json.loads(Path(shard.removesuffix(".tar") + "_stats.json").read_bytes())
+                damage.count = max(1, stats["successes"] - len(groups))
+            yield shard, "txt", damage
 
 
-def _content(file: io.BufferedIOBase, member: tarfile.TarInfo) -> Content:
-    def refuse(reason: str) -> bytes:
-        raise BadSample(reason)
-    if member.issparse():  # a few bytes can claim terabytes of zeros
-        return partial(refuse, "sparse file in a tar")
-    if member.size > MAX_BYTES:
-        return partial(refuse, "file is too large")
-    file.seek(member.offset_data)
-    data = file.read(member.size)
-    if len(data) < member.size:
-        raise EOFError
-    return lambda: data
+def _groups(files: Iterable[File]) -> Iterator[list[File]]:
+    """The files of each sample: neighbours of one group."""
+    return (list(group) for _, group in groupby(files, key=lambda file: file[0]))
 
 
-def _note_damage(file: io.BufferedIOBase, start: int, stop: int | None, damage: Counter) -> int:
-    """How many bytes lie from start to stop, or to the end; up to the last that is not zero, damage gains them."""
-    if start == stop:
-        return 0
-    file.seek(start)
-    position = last = start
-    while chunk := file.read(CHUNK if stop is None else min(CHUNK, stop - position)):
-        if not_zero := chunk.rstrip(b"\0"):
-            last = position + len(not_zero)
-        position += len(chunk)
-    if last > start:
-        damage["bytes"] += last - start
-    return position - start
-
-
-def _lost_samples(shard: str, found: int, lost_bytes: int) -> int:
-    """How many samples a damaged shard has lost: img2dataset's note beside it tells how many it had; else by size."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        return max(1, json.loads(Path(shard.removesuffix(".tar") + "_stats.json").read_bytes())["successes"] - found)
-    sound_bytes = os.path.getsize(shard) - lost_bytes
-    return max(1, round(lost_bytes / (sound_bytes / found if found and sound_bytes > 0 else SAMPLE_BYTES)))
-
-
-# ---------------------------------------------------------------------------------------------- files of one name
-
-def _assembled(files: Iterable[tuple[str, str, Content]]) -> Iterator[tuple[str, Load]]:
-    """Neighbouring files of one group make a sample; its key is the group's name without folders."""
-    for group, members in groupby(files, key=lambda file: file[0]):
-        yield group.rpartition("/")[2], partial(_load, [(suffix, content) for _, suffix, content in members])
-
-
-def _load(members: list[tuple[str, Content]]) -> tuple[list[str], Image.Image]:
-    """The captions are those of the .txt or else of the .json, the image is the first file that is one."""
-    contents = dict(members)
-    if len(contents) < len(members):
+def _load(group: list[File]) -> Sample:
+    """The sample of a group: the captions of the .txt, or else of the .json, and the first image of the other files."""
+    contents = {re.sub(r".*\.(txt|json)$", r"\1", suffix): content for _, suffix, content in group}
+    if len(contents) < len(group):
         raise BadSample("two files of one name")
-    kinds = {suffix: suffix.rpartition(".")[2] for suffix in contents}
-    texts = {kind: contents[suffix] for suffix, kind in kinds.items() if kind in ("txt", "json")}
-    captions = _as_captions(texts["txt"]().decode("utf-8", errors="replace")) if "txt" in texts else []
-    if not captions and "json" in texts:
-        with contextlib.suppress(ValueError, AttributeError, RecursionError):  # broken JSON, or no object
-            about = json.loads(texts["json"]())
+    text, about = contents.pop("txt", b""), contents.pop("json", b"")
+    captions = _as_captions(_read(text).decode("utf-8", errors="replace"))
+    if not captions:
+        with contextlib.suppress(*JSON_ERRORS):
+            about = json.loads(_read(about))
             captions = _as_captions(about.get("caption") or about.get("captions"))
     if not captions:
         raise BadSample("no caption")
-    others = [content for suffix, content in contents.items() if kinds[suffix] not in ("txt", "json")]
-    for content in others:
-        with contextlib.suppress(NotAnImage):  # a .cls or .npy, say
-            return captions, open_image(content())
-    raise BadSample("not an image" if others else "no image")
+    for content in contents.values():
+        with contextlib.suppress(NotAnImage):  # such as .cls or .npy
+            return group[0][0].rpartition("/")[2], captions, open_image(_read(content))
+    raise BadSample("not an image" if contents else "no image")
+
+
+def _read(content: Path | bytes | BadSample) -> bytes:
+    """The content of a file. Raises BadSample."""
+    if isinstance(content, BadSample):
+        raise content
+    if isinstance(content, bytes):
+        return content
+    try:
+        if content.stat().st_size > MAX_BYTES:
+            raise BadSample("file is too large")
+        return content.read_bytes()
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        raise BadSample("file is absent or unreadable") from None
 
 
 def _as_captions(value) -> list[str]:
-    """A string or a list of them, white space made single blanks; what is empty or no string goes."""
+    """The captions in a string or a list of strings, with single blanks. Empty ones and other values are left out."""
     texts = value if isinstance(value, list) else [value]
     return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]

@@ -1,8 +1,7 @@
-"""data/prepare.py: a cache in parts, stopped and resumed, by many processes; and the data set's doctor."""
+"""data/prepare.py makes a cache in parts: stopped and resumed, by many processes; and --inspect describes a source."""
 import dataclasses
-import os
-import subprocess
-import sys
+import importlib.util
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,15 @@ import torch
 from PIL import Image
 
 from nanomagvlt.data import cache, sources
-from nanomagvlt.training import checkpoint
-from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.data.cache import TokenCache
+from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.tokenizers.vqgan import VQGAN
+from nanomagvlt.training import checkpoint
 from test_sources import png, tar
-from test_scripts import prepare
 
-SCRIPT = Path(__file__).parents[2] / "data" / "prepare.py"
+spec = importlib.util.spec_from_file_location("prepare_script", Path(__file__).parents[2] / "data" / "prepare.py")
+prepare = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(prepare)
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +27,10 @@ def source(tmp_path, monkeypatch, cfg) -> str:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sources, "PIECE", 4)
     noise = np.random.default_rng(0).integers(0, 255, (12, 20, 30, 3), dtype=np.uint8)
+    Path("shards").mkdir()
     for shard in range(5):
-        Path("shards").mkdir(exist_ok=True)
         tar(f"shards/{shard:05d}.tar", {f"{shard}{i:03d}.{suffix}": content for i in range(12) for suffix, content in
-                                        (("bmp", bmp(noise[i] ^ shard)), ("txt", f"{shard} {i}".encode()))})
+                                        (("png", png(noise[i] ^ shard)), ("txt", f"{shard} {i}".encode()))})
     Path("folder").mkdir()
     for i in range(7):
         Path(f"folder/{i}.png").write_bytes(png(size=(20, 20 + i)))
@@ -40,26 +40,20 @@ def source(tmp_path, monkeypatch, cfg) -> str:
     return "shards/{00000..00004}.tar,folder"
 
 
-def bmp(pixels: np.ndarray) -> bytes:
-    Image.fromarray(pixels).save("x.bmp")
-    return Path("x.bmp").read_bytes()
-
-
 def run(source: str, out: str, *more: str) -> dict[str, bytes]:
-    """Runs prepare.py; what is in the cache, if there is one."""
+    """Runs prepare.py; the files of the cache, if there is one."""
     prepare.main(["--source", source, "--vqgan", "v.pt", "--out", out, *more])
     return {path.name: path.read_bytes() for path in Path(out).glob("*")}
 
 
 @pytest.fixture
 def written(monkeypatch) -> list[str]:
-    """The parts written from now on."""
     names, write_part = [], cache.write_part
     monkeypatch.setattr(prepare, "write_part", lambda path, *rest: write_part(path, *rest) or names.append(path.name))
     return names
 
 
-def test_stopped_anywhere_and_resumed_it_is_the_same_cache(source, written, monkeypatch, capsys):
+def test_stopped_anywhere_and_resumed_it_is_the_same_cache(source, written, monkeypatch):
     whole = run(source, "whole", "--crops", "2", "--clean-captions")
     assert TokenCache("whole").meta["pairs"] == 2 * (5 * 12 + 7) and len(written) == 7
     assert sorted(path.name for path in Path().iterdir() if "whole" in path.name) == ["whole"]
@@ -78,41 +72,31 @@ def test_stopped_anywhere_and_resumed_it_is_the_same_cache(source, written, monk
         assert not Path("c").exists() and len(written) == len(list(Path("c.parts").glob("*.npz")))
     Path("c.parts", written[0] + ".77.tmp").write_bytes(b"half a part, of a process that was killed")
     assert run(source, "c", "--crops", "2", "--clean-captions") == whole
-    assert len(written) == len(set(written)) == 7 and "going on: " in capsys.readouterr().out
-    assert not Path("c.parts").exists()
+    assert len(written) == len(set(written)) == 7 and not Path("c.parts").exists()
     Path("c.parts").mkdir()
-    Path("c.parts", written[0]).write_bytes(b"it was killed while it deleted the parts")
+    Path("c.parts", written[0]).write_bytes(b"left by a process that was killed while it deleted the parts")
     assert run(source, "c", "--crops", "2", "--clean-captions") == whole and len(written) == 7
-    assert "nothing to do" in capsys.readouterr().out and not Path("c.parts").exists()
+    assert not Path("c.parts").exists()
 
 
-def test_killed_while_it_writes(source):
-    whole = run(source, "whole")
-    saves_half = ("import os, sys, numpy\n"
-                  "def savez(file, **arrays): file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)\n"
-                  "numpy.savez = savez\n"
-                  f"import runpy; sys.argv[0] = {str(SCRIPT)!r}; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")
-    killed = subprocess.run([sys.executable, "-c", saves_half, "--source", source, "--vqgan", "v.pt", "--out", "c"],
-                            capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert killed.returncode == -9 and [path.suffix for path in Path("c.parts").iterdir()] == [".tmp"]
-    assert run(source, "c") == whole
-
-
-def test_shares_in_any_order_make_the_same_cache(source, written, monkeypatch, capsys):
+def test_shares_in_any_order_make_the_same_cache(source, written, monkeypatch):
     whole = run(source, "whole")
     del written[:]
     for part in ("3/3", "1/3"):
         assert run(source, "c", "--part", part) == {}
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "1")):  # the second by torchrun
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "1")):  # the second share, by torchrun
         monkeypatch.setenv(name, value)
     run(source, "c")
     monkeypatch.delenv("WORLD_SIZE")
-    assert len(written) == len(set(written)) == 7 and "part 2/3 is done" in capsys.readouterr().out
+    assert len(written) == len(set(written)) == 7
     assert sorted(path.name for path in Path("c.parts").iterdir()) == sorted(written)
+    for name in ("tokens.bin.77.tmp", "captions.bin"):  # left by two processes that were killed while they joined
+        Path("c").mkdir(exist_ok=True)
+        Path("c", name).write_bytes(b"half")
     assert run(source, "c") == whole and len(written) == 7
 
 
-def test_settings_and_changed_shards_are_never_mixed(source, written):
+def test_parts_of_other_settings_or_changed_shards_are_not_used(source, written):
     whole = run(source, "whole", "--crops", "1")
     for more in ((), ("--crops", "1", "--seed", "1"), ("--crops", "1", "--clean-captions")):
         run(source, "c", "--part", "1/1", *more)
@@ -127,22 +111,17 @@ def test_settings_and_changed_shards_are_never_mixed(source, written):
     assert len(written) == 1 and TokenCache("d").captions([25]) == ["newest"]
 
 
-def test_a_bad_source_is_refused_and_mended(source, written, capsys):
+def test_a_bad_source_is_refused_and_repaired(written, capsys):
     sound = Path("shards/00001.tar").read_bytes()
     Path("shards/00001.tar").write_bytes(sound[:4000])
     Path("shards/00001_stats.json").write_text('{"successes": 12}')
     with pytest.raises(SystemExit, match="2"):
         run("shards", "c")
-    assert "of 60 samples are bad, more than 5%" in capsys.readouterr().err and not Path("c").exists()
+    assert "00001.tar" in capsys.readouterr().err and not Path("c").exists()
     Path("shards/00001.tar").write_bytes(sound)
     del written[:]
     run("shards", "c")
-    assert len(written) == 1 and len(TokenCache("c")) == 60 and "60 pairs -> c\n" in capsys.readouterr().out
-    Path("mine").mkdir()
-    Path("mine/photo.jpg").write_text("precious")
-    with pytest.raises(SystemExit, match="2"):
-        run("shards", "mine")
-    assert "nothing in it was touched" in capsys.readouterr().err and not Path("mine.parts").exists()
+    assert len(written) == 1 and len(TokenCache("c")) == 60
 
 
 def test_a_damaged_part_is_named(source, capsys):
@@ -151,29 +130,29 @@ def test_a_damaged_part_is_named(source, capsys):
     part.write_bytes(part.read_bytes()[:-100])
     with pytest.raises(SystemExit, match="2"):
         run(source, "c")
-    assert f"{part}: damaged" in capsys.readouterr().err and not Path("c").exists()
+    assert str(part) in capsys.readouterr().err and not Path("c").exists()
 
 
-def test_the_doctor(source, capsys):
+def test_inspect(capsys):
     Path("folder/0.png").write_bytes(b"no image")
     BPE([]).save("bpe.txt")
     prepare.main(["--inspect", "--source", "folder", "--bpe", "bpe.txt", "--text-length", "10", "--image-size", "24",
                   "--batch-size", "4", "--vqgan", "v.pt"])
-    said = capsys.readouterr().out
-    assert "6 images with 6 captions in 2 pieces" in said and "more than 5%, so it would be refused" in said
-    assert "bad: 1 of 7; left out: 1 x not an image" in said and "1.5 updates of 4 pairs" in said
-    assert "20 to 20 (median 20) pixels; 0.0% are smaller than 16" in said
-    assert "10 to 10 (median 10) tokens, the end counted; 0.0% are longer than 10" in said  # 9 letters and the end
+    out = capsys.readouterr().out
+    for text in ("6 images with 6 captions in 2 pieces", "bad: 1 of 7; left out: 1 x not an image; more than 5%",
+                 "20 to 20 (median 20) pixels; 0.0% ", "10 to 10 (median 10) tokens", "an epoch: 1.5 updates"):
+        assert text in out
     sheet = np.asarray(Image.open("inspect.png"))
     assert (sheet == (255, 0, 0)).all(-1).sum() == 6 * 160 ** 2
     prepare.main(["--inspect", "--source", "folder", "--part", "2/2", "--image-size", "21", "--sheet", "b.png"])
-    said = capsys.readouterr().out
-    assert "3 images with 3 captions in 1 piece," in said and "100.0% are smaller than 21" in said
-    assert "2 to 2 (median 2) words" in said and Path("b.png").exists()
+    out = capsys.readouterr().out
+    for text in ("3 images with 3 captions in 1 piece,", "100.0% are smaller than 21", "(median 2) words", "b.png"):
+        assert text in out
 
 
 def test_joining_before_encoding_changes_nothing_where_the_encoder_is_patchwise(cfg, source):
-    pairs = [pair for piece in sources.pieces_of(source) for pair in sources.pairs_in(piece, 16, sources.Counter())]
+    pairs = [pair for piece in sources.pieces_of(source) for sample in sources.usable(piece, Counter())
+             for pair in sources.as_pairs(*sample, 16)]
     for patchwise in (True, False):
         torch.manual_seed(0)
         vqgan = VQGAN(dataclasses.replace(cfg, vq_patchwise=patchwise, vq_channels=8)).eval()
@@ -184,20 +163,19 @@ def test_batches_are_timed(source, capsys):
     run(source, "c")
     BPE([]).save("bpe.txt")
     prepare.main(["--time", "c", "--bpe", "bpe.txt", "--seconds", "0.05"])
-    assert " samples/s from c, BPE dropout 0.1 included" in capsys.readouterr().out
+    assert " samples/s from c" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--source", "x"], "--vqgan is wanted"),
-    (["--inspect"], "--source is wanted"),
-    (["--time", "c"], "--bpe is wanted"),
-    (["--part", "9/8", "--inspect"], "--part: '9/8' is no share such as 3/8"),
-    (["--crops", "-1", "--inspect", "--source", "x"], "--crops -1: must be at least 0"),
-    (["--inspect", "--source", "no/{0..3}.tar"], "no/0.tar: no such folder or tar file"),
-    (["--inspect", "--source", "folder", "--bpe", "folder/0.txt"], "folder/0.txt: no whole list of BPE merges"),
+@pytest.mark.parametrize("argv, name", [
+    (["--source", "x"], "--vqgan"),
+    (["--time", "c"], "--bpe"),
+    (["--part", "9/8", "--inspect"], "--part"),
+    (["--crops", "-1", "--inspect", "--source", "x"], "--crops"),
+    (["--inspect", "--source", "no/{0..3}.tar"], "no/0.tar"),
+    (["--inspect", "--source", "folder", "--bpe", "folder/0.txt"], "folder/0.txt"),
 ])
-def test_mistakes(argv, message, capsys):
+def test_a_mistake_gets_one_line_that_names_it(argv, name, capsys):
     with pytest.raises(SystemExit, match="2"):
         prepare.main(argv)
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert name in error and error.count("\n") == 1

@@ -1,5 +1,4 @@
-"""The small world must be exact: what is drawn reads back, what is said parses back, and nothing else."""
-
+"""The small world must be exact: what is drawn reads back, and what is described parses back, and nothing else does."""
 from collections import Counter
 from dataclasses import replace
 from itertools import product
@@ -10,9 +9,9 @@ import pytest
 from PIL import Image, ImageFilter
 
 from nanomagvlt.data.shapes import (
-    CELL, LEVELS, RGB, SPLITS, THRESHOLD, USUAL, Claim, Claims, Scene, Thing, Verdict, captions, describe, draw_cell,
-    draw_scene, enumerate_scenes, get_level, holds, judge, main, parse, places, random_scene, read,
-    read_images, split_of, templates, tile_errors, vocabulary)
+    CELL, CELLS, LEVELS, RGB, SPLITS, THRESHOLD, USUAL, Claim, Claims, Scene, Thing, Verdict, captions, describe,
+    draw_cell, draw_scene, enumerate_scenes, get_level, holds, judge, main, parse, places, random_scene, read_images,
+    split_of, templates, tile_errors)
 
 
 def sample(level, n, seed=0):
@@ -47,23 +46,22 @@ def test_levels_list_their_scenes():
         assert set(sample(level, 500)) <= set(scenes)
     counts = Counter(len(scene.things) for scene in sample("full", 2000))
     assert [round(counts[n] / 2000, 1) for n in (1, 2, 3)] == [0.3, 0.5, 0.2]
-    with pytest.raises(ValueError, match="unknown level 'tinny', did you mean 'tiny'?"):
+    with pytest.raises(ValueError, match="'tinny'.* 'tiny'"):
         get_level("tinny")
-    with pytest.raises(ValueError, match="share a cell"):
+    with pytest.raises(ValueError):
         Scene("white", (Thing("circle", "red", "big", 0),) * 2)
+    with pytest.raises(ValueError):
+        describe(Scene("white", ()), "tiny", Random(0))
 
 
 def test_splits_depend_on_the_scene_alone():
     shares = Counter(map(split_of, enumerate_scenes("tiny")))
-    assert shares == {"train": 1449, "val": 191, "test": 184}  # pinned: a new split would leak test scenes
+    assert shares == {"train": 1449, "val": 191, "test": 184}  # another split would leak test scenes
     assert set(map(split_of, enumerate_scenes("micro"))) == set(SPLITS)
-    scenes = sample("full", 3000)
-    shares = Counter(map(split_of, scenes))
-    assert [round(shares[split] / 3000, 1) for split in SPLITS] == [0.8, 0.1, 0.1]
-    assert all(split_of(Scene(s.background, s.things[::-1])) == split_of(s) for s in scenes)
+    assert all(split_of(Scene(s.background, s.things[::-1])) == split_of(s) for s in sample("full", 300))
     for level, split in product(LEVELS, SPLITS):
         assert {split_of(random_scene(level, Random(i), split)) for i in range(20)} == {split}
-    with pytest.raises(ValueError, match="unknown split"):
+    with pytest.raises(ValueError, match="'dev'"):
         random_scene("tiny", Random(0), "dev")
 
 
@@ -72,35 +70,19 @@ def test_every_caption_is_exact_of_its_scene_and_of_no_other(level):
     few = {"tiny": 60, "full": 8}
     scenes = sample(level, few[level]) if level in few else list(enumerate_scenes(level))
     for seed, scene in enumerate(scenes):
-        said = list(captions(scene, level))
-        assert len(said) == len(set(said))
-        assert set(" ".join(said).split()) <= set(vocabulary(level))
-        for caption in said:
-            verdict = judge(parse(caption), scene)
-            assert verdict.exact and verdict.right == verdict.total
+        stated = list(captions(scene, level))
+        assert len(stated) == len(set(stated)) and all(judge(parse(caption), scene).exact for caption in stated)
         rng = Random(seed)
         some = {describe(scene, level, rng) for _ in range(10)}
-        assert some <= set(said)
-        everything = [c for c in said if c.endswith("background") and c.count(" in the ") == len(scene.things)
+        assert some <= set(stated) and len(some) > 2
+        everything = [c for c in stated if c.endswith("background") and c.count(" in the ") == len(scene.things)
                       and (level != "full" or c.count("small") + c.count("big") == len(scene.things))]
-        for other in neighbours(scene, level):  # what may be said of another scene is listed independently
+        for other in neighbours(scene, level):  # the captions of another scene are listed independently
             true = set(captions(other, level)) if other.things else set()
             assert all(judge(parse(c), other).exact == (c in true) for c in some)
             assert other == scene or not judge(parse(everything[-1]), other).exact
-        assert parse(f" \n{said[-1].upper()}\t") == parse(said[-1])
-        assert parse(said[-1].replace(" ", "  ", 1)) is None
-
-
-def test_captions_are_varied_short_and_repeatable():
-    longest = {level: max(len(c.split()) for s in sample(level, 40) for c in (describe(s, level, Random(i))
-               for i in range(40))) for level in LEVELS}
-    assert longest["micro"] <= 11 and longest["tiny"] <= 19 and longest["full"] <= 30
-    assert len(vocabulary("tiny")) == 24 and len(vocabulary("full")) == 30 and "big" not in vocabulary("tiny")
-    scene = sample("full", 1, seed=5)[0]
-    assert describe(scene, "full", Random(3)) == describe(scene, "full", Random(3))
-    assert len({describe(scene, "full", Random(i)) for i in range(50)}) > 10
-    with pytest.raises(ValueError, match="without objects"):
-        describe(Scene("white", ()), "tiny", Random(0))
+        assert parse(f" \n{stated[-1].upper()}\t") == parse(stated[-1])
+        assert parse(stated[-1].replace(" ", "  ", 1)) is None
 
 
 def test_relations_are_strict():
@@ -110,8 +92,7 @@ def test_relations_are_strict():
 
 
 def test_facts_are_counted_one_by_one():
-    red, blue = Thing("circle", "red", "big", 0), Thing("square", "blue", "small", 3)
-    scene = Scene("white", (red, blue))
+    scene = Scene("white", (Thing("circle", "red", "big", 0), Thing("square", "blue", "small", 3)))
     for caption, verdict in {
         "a blue square and a red circle": Verdict(True, 6, 6),
         "a red circle": Verdict(False, 3, 4),  # the square is left out
@@ -134,11 +115,13 @@ def test_garbage_is_not_forgiven():
     full = LEVELS["full"]
     classes = [{"top", "bottom"}, {"left", "right"}, {"above", "below", "and"},
                *map(set, (full.backgrounds, full.shapes, full.colours, full.sizes))]
-    rng, words = Random(0), vocabulary("full")
+    words = sorted({"a", "in", "the", "of", "and", "there", "is", "on", "background", *" ".join(CELLS).split(),
+                    *set().union(*classes)})
+    rng = Random(0)
     for scene in sample("full", 12):
-        true, words_said = set(captions(scene, "full")), describe(scene, "full", rng).split()
-        for i, word in enumerate(words_said):
-            before, after = words_said[:i], words_said[i + 1:]
+        true, described = set(captions(scene, "full")), describe(scene, "full", rng).split()
+        for i, word in enumerate(described):
+            before, after = described[:i], described[i + 1:]
             dropped, doubled = " ".join(before + after), " ".join(before + [word, word] + after)
             assert parse(doubled) is None
             assert parse(dropped) is None if word not in full.sizes else dropped in true
@@ -157,17 +140,16 @@ def test_garbage_is_not_forgiven():
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_every_picture_reads_back_as_its_scene(level):
+def test_every_image_reads_back_as_its_scene(level):
     scenes = sample("full", 1000) if level == "full" else list(enumerate_scenes(level))
     rng = Random(1)
     images = np.stack([draw_scene(scene, level, rng) for scene in scenes])
     assert images.shape[1:] == (32, 32, 3) and images.dtype == np.uint8
     readings = read_images(images, level)
     assert all(reading.is_clean and reading.scene == scene for reading, scene in zip(readings, scenes))
-    assert readings[:50] == read_images(images[:50] / 255, level) and read(images[0], level) == readings[0]
-    noise = np.random.default_rng(0)
+    assert readings[:50] == read_images(images[:50] / 255, level)
     some = images[:300]
-    noisy = np.clip(some / 255 + 0.05 * noise.normal(size=some.shape), 0, 1)
+    noisy = np.clip(some / 255 + 0.05 * np.random.default_rng(0).normal(size=some.shape), 0, 1)
     blurred = np.stack([np.array(Image.fromarray(i).filter(ImageFilter.GaussianBlur(0.5))) for i in some])
     for spoiled in (noisy, blurred):
         assert [r.scene for r in read_images(spoiled, level)] == scenes[:300] and clean(spoiled, level).all()
@@ -178,7 +160,7 @@ def test_every_picture_reads_back_as_its_scene(level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_spoiled_pictures_are_not_clean(level):
+def test_spoiled_images_are_not_clean(level):
     rng, noise, info = Random(2), np.random.default_rng(0), LEVELS[level]
     cut, halved = [], []  # every object at every place with a half or a quarter of it gone
     for background, *look in product(info.backgrounds, info.shapes, info.colours, info.sizes):
@@ -200,27 +182,22 @@ def test_spoiled_pictures_are_not_clean(level):
     pairs = [(s, o) for s in scenes for o in rng.sample([*neighbours(s, level), *scenes], 8) if s != o]
     blends = [draw_scene(s, level) / 510 + draw_scene(o, level) / 510 for s, o in pairs]
     assert not clean(blends, level).any()
-    patched = []  # one cell on another background; and a background no level has
-    for scene in scenes:
-        for other in set(info.backgrounds) - {scene.background}:
-            image = draw_scene(scene, level)
-            image[:CELL, :CELL] = draw_cell(other)
-            patched.append(image)
-            assert len(scene.things) > 1 or read(image, level).scene.background == scene.background
-        image = draw_scene(scene, level)
+    patched = [draw_scene(scene, level) for scene in scenes]  # one cell, or every cell, on another background
+    for image, scene in zip(patched[:50], scenes):
+        image[:CELL, :CELL] = draw_cell(next(other for other in info.backgrounds if other != scene.background))
+    for image, scene in zip(patched[50:], scenes[50:]):
         image[(image == RGB[scene.background]).all(-1)] = 90
-        patched.append(image)
     assert not clean(patched, level).any()
     assert not clean(noise.random((100, 32, 32, 3)), level).any()
-    assert not read(np.full((32, 32, 3), np.nan), level).is_clean
+    assert not clean([np.full((32, 32, 3), np.nan)], level).any()
     assert read_images(np.zeros((0, 32, 32, 3)), level) == []
     for bad in (np.zeros((1, 16, 16, 3)), np.zeros((1, 32, 32, 3), int)):
-        with pytest.raises(ValueError, match="images must be"):
+        with pytest.raises(ValueError):
             read_images(bad, level)
 
 
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
-def test_no_picture_can_be_clean_in_two_ways(level):
+def test_no_image_can_be_clean_in_two_ways(level):
     looks, table = templates(level)
     for g, k in product(range(len(table)), range(len(looks))):
         apart = tile_errors(table[g] - table[g, k], level).max(-1)
@@ -229,19 +206,15 @@ def test_no_picture_can_be_clean_in_two_ways(level):
         assert g == h or tile_errors(table[h] - table[g, 0], level).max(-1).min() > 2 * THRESHOLD
 
 
-def test_main_writes_only_where_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    main([])
-    assert not list(tmp_path.iterdir()) and "exact=True" in capsys.readouterr().out
-    main(["sheet.png"])
-    assert Image.open("sheet.png").size == (1152, 432)
+def test_main_draws_a_sheet(tmp_path, capsys):
+    main([str(tmp_path / "sheet.png")])
+    assert Image.open(tmp_path / "sheet.png").size == (1024, 384) and "exact=True" in capsys.readouterr().out
 
 
-def test_the_biased_world_has_its_habits_and_the_same_splits():
+def test_a_biased_level_prefers_the_usual_colour_and_has_the_same_splits():
     rng = Random(0)
     scenes = [random_scene("tiny-biased", rng, "train") for _ in range(3000)]
     things = [thing for scene in scenes for thing in scene.things]
     usual = sum(thing.colour == USUAL[thing.shape] for thing in things) / len(things)
     assert abs(usual - (0.9 + 0.1 / 4)) < 0.02
-    assert {thing.shape for thing in things} == set(LEVELS["tiny"].shapes)
     assert all(split_of(scene) == "train" for scene in scenes)
