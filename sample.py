@@ -30,7 +30,7 @@ from nanomagvlt.sampling import clip, edit, visualize
 from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, load_pipeline
 from nanomagvlt.tokenizers.bpe import clean_written
 from nanomagvlt.training import checkpoint, pretrained
-from nanomagvlt.training.cli import Parser, add_config_flags, given_settings
+from nanomagvlt.training.cli import Parser, add_config_flags, given_settings, positive
 
 
 # ---------------------------------------------------------------------------------------------- what is made
@@ -241,7 +241,6 @@ def contradictions(args) -> list[tuple[bool, str]]:
         (args.candidates is not None and (args.together or args.text is not None),
          "--candidates is for drawings and captions"),
         (args.clean and (draws or args.together or args.text is not None), "--clean is for whole captions, of --image"),
-        (args.num_samples < 1, f"--num-samples {args.num_samples}: must be at least 1"),
     ]
 
 
@@ -280,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text", help="a caption with [MASK] where a token is missing, [MASK:3] for three")
     parser.add_argument("--together", action="store_true", help="draw an image and write its caption together")
     parser.add_argument("--checkpoint", type=Path, help="a last.pt or best.pt (default: the newest runs/*/last.pt)")
-    parser.add_argument("--num-samples", type=int, default=8, help="how many pictures or captions (default 8)")
+    parser.add_argument("--num-samples", type=positive, default=8, help="how many pictures or captions (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same device, same result (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the PNG to write (default samples.png)")
@@ -308,12 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     for is_wrong, message in contradictions(args):
         if is_wrong:
             parser.error(message)
-    try:
-        sample(args)
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"{error.filename or args.out}: {error.strerror or error}")
+    parser.run(sample, args)
 
 
 if __name__ == "__main__":

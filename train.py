@@ -37,7 +37,7 @@ from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, pick_device
 from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.tokenizers.vqgan import VQGAN
 from nanomagvlt.training import checkpoint, cost, distributed
-from nanomagvlt.training.cli import Parser, add_config_flags, config_from_args
+from nanomagvlt.training.cli import Parser, add_config_flags, config_from_args, positive
 from nanomagvlt.training.distributed import print_rank0
 from nanomagvlt.training.loop import BAR, Clock, FiniteCheck, Interrupt, Log, Stopped, optimizer_for
 from nanomagvlt.training.train_vqgan import train_vqgan
@@ -342,12 +342,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stage", choices=STAGES, default="model", help="stop after this stage (default: the last)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--dry-run", action="store_true", help="compute the cost of the run, and train nothing")
-    parser.add_argument("--benchmark", type=int, metavar="UPDATES", help="time so many updates of each task on "
+    parser.add_argument("--benchmark", type=positive, metavar="UPDATES", help="time so many updates of each task on "
                         "random pairs, profile one, and keep nothing")
     add_config_flags(parser)
     args = parser.parse(argv)
-    if args.benchmark is not None and args.benchmark < 1:
-        parser.error(f"--benchmark {args.benchmark}: must be at least 1")
     run, device = Path("runs") / (args.name or args.preset), args.device
     try:
         take_from_tokenizers(args)

@@ -89,20 +89,19 @@ def _fetch(url: str, part: Path) -> None:
         raise OSError(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes")
 
 
+def fetch(args) -> None:
+    """Downloads the files of args.names."""
+    for name in args.names:
+        file, url, sha256 = FILES[name]
+        found = download(url, args.to / file, sha256)
+        print(f"{args.to / file}: SHA-256 {found}" + ("" if sha256 else " (none is published to compare it with)"))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="data/download.py", description=__doc__)
     parser.add_argument("names", nargs="+", choices=FILES, metavar="name", help=", ".join(FILES))
     parser.add_argument("--to", type=Path, default=ROOT / "data" / "downloads", help="folder (default data/downloads)")
-    args = parser.parse(argv)
-    for name in args.names:
-        file, url, sha256 = FILES[name]
-        try:
-            found = download(url, args.to / file, sha256)
-        except ValueError as error:
-            parser.error(str(error))
-        except OSError as error:
-            parser.error(f"{error.filename}: {error.strerror or error}")
-        print(f"{args.to / file}: SHA-256 {found}" + ("" if sha256 else " (none is published to compare it with)"))
+    parser.run(fetch, parser.parse(argv))
 
 
 if __name__ == "__main__":

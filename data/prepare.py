@@ -26,15 +26,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere, without installing
 
-from nanomagvlt.training import checkpoint
-from nanomagvlt.tokenizers.bpe import BPE, clean_caption
-from nanomagvlt.config import preset
-from nanomagvlt.training.cli import Parser
-from nanomagvlt.data.cache import (TokenCache, check_replaceable, is_made, join_parts, make_batch, make_parts,
-                                   part_paths, remove_parts, rows_of_step, to_pixels, write_part)
-from nanomagvlt.sampling.pipeline import contact_sheet, pick_device
-from nanomagvlt.training.distributed import parse_part, share_of_work
+from nanomagvlt.data.cache import (check_replaceable, is_made, join_parts, make_parts, part_paths, remove_parts,
+                                   to_pixels, write_part)
 from nanomagvlt.data.sources import MAX_BAD_SHARE, Pair, as_pairs, left_out, pieces_of, usable
+from nanomagvlt.sampling.pipeline import contact_sheet, pick_device
+from nanomagvlt.tokenizers.bpe import BPE, clean_caption
+from nanomagvlt.training import checkpoint
+from nanomagvlt.training.cli import Parser, positive
+from nanomagvlt.training.distributed import parse_part, share_of_work
 
 NUM_KEPT, NUM_SHOWN = 128, 24  # samples that --inspect draws at random; those of them on its sheet
 
@@ -124,18 +123,6 @@ def joining_changes(vqgan, pairs: list[Pair]) -> float:
     return torch.cat(changed).float().mean().item()
 
 
-def time_batches(args) -> None:
-    """Prints the rate of batches from a cache: tokens are read, captions encoded with BPE dropout, as in training."""
-    cache, bpe = TokenCache(args.time), BPE.load(args.bpe)
-    cfg = preset("base", text_length=args.text_length)
-    batches, started = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - started) < args.seconds:
-        rows = rows_of_step(batches, 64, len(cache), args.seed)
-        make_batch(cache, bpe, rows, cfg, cfg.bpe_dropout, (args.seed, batches))
-        batches += 1
-    print(f"{64 * batches / seconds:,.0f} samples/s from {args.time}, one process, BPE dropout {cfg.bpe_dropout}")
-
-
 # ---------------------------------------------------------------------------------------------- the command line
 
 def main(argv: list[str] | None = None) -> None:
@@ -147,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--crops", type=int, default=0, help="random crops of each image, as in DALL-E's augmentation, "
                         "each a pair of its own (default 0: the centre)")
     parser.add_argument("--part", type=parse_part, metavar="K/N", help="do only the K-th of N shares (default: all)")
-    parser.add_argument("--pairs", type=int, default=40_000, help="pairs to draw of shapes (default 40000)")
+    parser.add_argument("--pairs", type=positive, default=40_000, help="pairs to draw of shapes (default 40000)")
     parser.add_argument("--split", default="train", choices=["train", "val", "test"],
                         help="of shapes, or in Karpathy's file; his train includes restval (default train)")
     parser.add_argument("--seed", type=int, default=0, help="of shapes and crops (default 0)")
@@ -157,27 +144,17 @@ def main(argv: list[str] | None = None) -> None:
     group = parser.add_argument_group("looking first")
     group.add_argument("--inspect", action="store_true", help="count, measure and show the samples of a source")
     group.add_argument("--bpe", type=Path, help="merges: caption lengths in tokens instead of words")
-    group.add_argument("--text-length", type=int, default=64, help="text tokens that fit (default 64)")
-    group.add_argument("--image-size", type=int, default=256, help="pixels a side, without --vqgan (default 256)")
-    group.add_argument("--batch-size", type=int, default=4096, help="pairs an update (default 4096)")
+    group.add_argument("--text-length", type=positive, default=64, help="text tokens that fit (default 64)")
+    group.add_argument("--image-size", type=positive, default=256, help="pixels a side, without --vqgan (default 256)")
+    group.add_argument("--batch-size", type=positive, default=4096, help="pairs an update (default 4096)")
     group.add_argument("--sheet", type=Path, default="inspect.png", help="the image to write (default inspect.png)")
-    group.add_argument("--time", type=Path, metavar="CACHE", help="print the rate of batches from a cache; with --bpe")
-    group.add_argument("--seconds", type=float, default=5, help="how long --time takes (default 5)")
     args = parser.parse(argv)
-    required = ["time", "bpe"] if args.time else ["source"] if args.inspect else ["source", "vqgan", "out"]
+    required = ["source"] if args.inspect else ["source", "vqgan", "out"]
     if missing := [name for name in required if getattr(args, name) is None]:
         parser.error(f"--{missing[0]} is required, or --inspect to look at a source; see --help")
-    for name, least in {"crops": 0, "pairs": 1, "text_length": 1, "image_size": 1, "batch_size": 1}.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
-    try:
-        (time_batches if args.time else inspect if args.inspect else prepare)(args)
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped: finished parts are kept, and the same command goes on from there\n")
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"{error.filename or args.out}: {error.strerror or error}")
+    if args.crops < 0:
+        parser.error(f"--crops {args.crops}: must be at least 0")
+    parser.run(inspect if args.inspect else prepare, args)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from nanomagvlt.sampling.clip import Judge, load_judge
 from nanomagvlt.sampling.pipeline import Pipeline, load_pipeline
 from nanomagvlt.tokenizers.bpe import clean_caption
 from nanomagvlt.training import checkpoint, distributed, pretrained
-from nanomagvlt.training.cli import Parser
+from nanomagvlt.training.cli import Parser, given_settings, positive
 
 
 @dataclass(frozen=True)
@@ -354,8 +354,8 @@ def add_flags(parser: Parser) -> None:
     group.add_argument("--captions", type=Path, help="the JSON file of COCO, Karpathy or NoCaps")
     group.add_argument("--images", type=Path, help="the folder of its images")
     group.add_argument("--split", help="of Karpathy's file (default test)")
-    group.add_argument("--num", type=int, help="captions or images (default: the paper's number)")
-    group.add_argument("--candidates", type=int, help="--clip chooses one of them (default: the paper's number, or 1)")
+    group.add_argument("--num", type=positive, help="captions or images (default: the paper's number)")
+    group.add_argument("--candidates", type=positive, help="--clip chooses one of them (default: the paper's number, or 1)")
     group.add_argument("--clip", type=Path, help="OpenAI's ViT-B-32.pt")
     group.add_argument("--inception", type=Path, help="FID's network: python data/download.py inception")
     group.add_argument("--part", type=distributed.parse_part, metavar="K/N",
@@ -369,12 +369,9 @@ def run(args: Namespace) -> None:
     for flag in ("protocol", "captions", "images", "out"):
         if getattr(args, flag) is None:
             raise ValueError(f"coco needs --{flag}; see --help")
-    for flag in ("num", "candidates"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
     part, device = distributed.share_of_work(args.part, args.device)
     pipeline = load_pipeline(args.checkpoint or checkpoint.newest(), device, args.bpe)
-    pipeline = pipeline.with_settings(**{name: getattr(args, name) for name in DECODING if hasattr(args, name)})
+    pipeline = pipeline.with_settings(**given_settings(args, DECODING))
     judge = load_judge(args.clip, args.bpe, pipeline.device) if args.clip else None
     inception = load_inception(args.inception).to(pipeline.device) if args.inception else None
     measurement = Measurement(args, pipeline, judge, inception)

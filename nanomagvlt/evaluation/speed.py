@@ -1,164 +1,75 @@
-"""Appendix - How fast: masked decoding beside autoregressive decoding, on the machine it runs on (tables 1 and 3).
+"""Appendix - Speed: masked beside autoregressive decoding, on this machine (tables 1 and 3).
 
-Both have the same transformer, with random weights: what is drawn does not matter here. MAGVLT reads the whole sequence
-K times. ARGVLT reads the condition once and then token after token, the keys and values of what it has read being kept:
-far fewer operations, but one after the other, and each of them has to fetch all weights from memory. So masked decoding
-wins where waiting is the limit (a GPU, few images at a time), and loses where arithmetic is (a CPU, large batches).
-To say which it is, the machine's memory bandwidth and matrix rate are measured beside the models: an ARGVLT that
-fetches bytes about as fast as the machine can is a strong opponent, not a badly written one. (Compiled, all of its step
-is one graph, sampling included; of MAGVLT it is the transformer alone.)
-
-The two take turns, in one process; figures are medians after a warm-up.
+Both models are the same transformer with random weights: speed does not depend on content. MAGVLT makes K passes over
+the whole sequence. ARGVLT keeps keys and values, so it reads every position once: about K times fewer operations, but
+one position at a time, and each step fetches all weights from memory. So masked decoding wins where latency is the
+limit (a GPU, few samples at a time), and loses where arithmetic is (a CPU, large batches).
 """
 import dataclasses
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
-from statistics import median
 
 import torch
 from torch import Tensor
 
 from nanomagvlt import argvlt, decoding
-from nanomagvlt.config import Config
-from nanomagvlt.model import MAGVLT, num_parameters, operations
-from nanomagvlt.sequence import valid_mask
+from nanomagvlt.config import ARGVLT, Config
+from nanomagvlt.model import MAGVLT
+from nanomagvlt.sequence import TASKS
+from nanomagvlt.training.cost import count_flops, medians
 
-PAPER = {"t2i": 8.12, "i2t": 1.56}   # how many times as fast as ARGVLT the paper's MAGVLT is
-STEPS = {"t2i": 10, "i2t": 12}       # K of the paper
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CAPTION = 16                         # tokens of the captions that are read and written
-
-
-@dataclass
-class Comparison:
-    """One task at one batch size. Seconds a batch; operations and bytes of the decoding, the VQ-GAN aside."""
-    task: str
-    batch: int
-    steps: int                # K of MAGVLT
-    tokens: int               # steps of ARGVLT
-    magvlt: float
-    argvlt: float
-    vqgan: float              # to turn the tokens into images; 0 for captions
-    magvlt_operations: float
-    argvlt_operations: float
-    argvlt_bytes: float       # weights and keys and values that it has to fetch, at least
-
-    @property
-    def ratio(self) -> float:
-        """How many times as fast MAGVLT is."""
-        return self.argvlt / self.magvlt
-
-    def __str__(self) -> str:
-        with_pixels = f"{(self.argvlt + self.vqgan) / (self.magvlt + self.vqgan):.2f}x" if self.vqgan else ""
-        return (f"{self.task:5}{self.batch:<7}{self.magvlt:<11.4g}{self.argvlt:<11.4g}{self.batch / self.magvlt:<10.4g}"
-                f"{self.batch / self.argvlt:<10.4g}{f'{self.ratio:.2f}x':8}{with_pixels:10}{PAPER[self.task]}x   "
-                f"{self.argvlt_bytes / self.argvlt / 1e9:<8.3g}{self.magvlt_operations / self.argvlt_operations:.1f}")
+PAPER = {"t2i": 8.12, "i2t": 1.56}  # how many times as fast as ARGVLT the paper's MAGVLT is
+STEPS = {"t2i": 10, "i2t": 12}      # the paper's K
+CAPTION = 16                        # text tokens of a caption
+HEAD = f"""{'':12}{'seconds a batch':20}{'with the VQ-GAN':20}{'times as fast as ARGVLT':26}GFLOP
+{'task batch':12}{2 * f"{'MAGVLT':10}{'ARGVLT':10}"}{'':8}{'+ VQ-GAN':10}{'paper':8}{'MAGVLT':10}ARGVLT"""
 
 
-HEAD = f"""{'':12}{'seconds a batch':22}{'a second':20}{'MAGVLT is faster':26}{'ARGVLT':8}{'operations'}
-{'task batch':12}{'MAGVLT':11}{'ARGVLT':11}{'MAGVLT':10}{'ARGVLT':10}{'':8}{'+ VQ-GAN':10}{'paper':8}{'GB/s':8}M / A"""
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def medians(calls: list[Callable], device: torch.device, repeats: int, warm_up: int = 1) -> list[float]:
-    """Seconds of each call: the median of `repeats` rounds in which they take turns, after some that do not count."""
-    times = [[] for _ in calls]
-    for i in range(warm_up + repeats):
-        for call, taken in zip(calls, times):
-            wait(device)
-            started = time.perf_counter()
-            call()
-            wait(device)
-            if i >= warm_up:
-                taken.append(time.perf_counter() - started)
-    return [median(taken) for taken in times]
-
-
-def memory_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, in copying a tensor that fits no cache."""
-    source = torch.ones(2 ** 28 if device.type == "cuda" else 2 ** 26, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / medians([lambda: target.copy_(source)], device, 5)[0]
-
-
-def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second in multiplying two square matrices, 8192 on a GPU, 1024 on a CPU."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
-    return 2 * n ** 3 / medians([lambda: a @ b], device, 5)[0]
-
-
-def masked_decoding(model: MAGVLT, task: str, image: Tensor, text: Tensor) -> Tensor:
-    """Image tokens for texts (B, T) without padding; or texts for image tokens (B, N), their length guessed first."""
-    generator, lengths = torch.Generator().manual_seed(0), torch.full_like(text[:, 0], text.shape[1])
-    if task == "t2i":
-        return decoding.draw_image(model, text, lengths, generator)[0]
-    decoding.predict_length(model, image, torch.zeros_like(image, dtype=torch.bool))  # known here, but it takes its time
-    canvas = decoding.DecodeState(torch.zeros_like(text), valid_mask(lengths, text.shape[1]), decoding.text_recipe(model.cfg))
-    return decoding.write_text(model, image, generator, lengths, canvas)[0]
-
-
-def causal_decoding(model: MAGVLT, task: str, image: Tensor, text: Tensor, cache, step: Callable) -> Tensor:
-    """The same, token after token; a text in as many steps as it has tokens."""
-    generator, lengths = torch.Generator().manual_seed(0), torch.full_like(text[:, 0], text.shape[1])
-    to_fill = torch.ones_like(image if task == "t2i" else text, dtype=torch.bool)
-    return argvlt.generate(model, task, image, text, lengths, to_fill, generator, cache=cache, step=step)
-
-
-def operations_of(cfg: Config, task: str, length: int, caption: int) -> tuple[int, int]:
-    """Of one sample's decoding: MAGVLT's and ARGVLT's. `length` is the whole sequence's."""
-    scored, vocabulary = (cfg.image_tokens, cfg.codebook_size) if task == "t2i" else (caption, cfg.text_vocab)
-    steps = cfg.image_steps if task == "t2i" else cfg.text_steps
-    masked = steps * operations(cfg, length, length, scored, vocabulary)
-    if task == "i2t":
-        short = length - caption + cfg.length_positions
-        masked += operations(cfg, short, short, 0, 0)                         # the length, but for its small head
-    return masked, operations(cfg, length - 1, length, scored, vocabulary)    # the last token need not be read
-
-
-def bytes_fetched(model: MAGVLT, task: str, batch: int, length: int, tokens: int) -> int:
-    """What `tokens` cached steps must fetch at least: all weights but the embeddings, the table of the modality that
-    is scored, and the keys and values of a sequence of `length`."""
-    cfg, size = model.cfg, model.output_bias.element_size()
-    weights = num_parameters(model.blocks) + num_parameters(model.head)
-    table = (cfg.codebook_size if task == "t2i" else cfg.text_vocab) * cfg.width
-    return tokens * size * (weights + table + 2 * cfg.layers * batch * length * cfg.width)
+def decode(model: MAGVLT, task: str, batch: dict[str, Tensor], **options) -> Tensor:
+    """The generated tokens (B, N) of a task, by masked or by autoregressive decoding. MAGVLT also predicts the length
+    of a text, which it does not use here: all captions are equally long."""
+    (piece,), is_causal = TASKS[task].generates, model.cfg.model == "argvlt"
+    if piece == "text" and not is_causal:
+        decoding.predict_length(model, task, batch)
+    to_fill = {piece: torch.ones_like(batch[f"{piece}_tokens"], dtype=torch.bool)}
+    done, _ = (argvlt if is_causal else decoding).generate(
+        model, task, batch, to_fill, {piece: decoding.sampling_config(model.cfg, piece)},
+        torch.Generator().manual_seed(0), **options)
+    return done[f"{piece}_tokens"]
 
 
 @torch.inference_mode()
 def compare(cfg: Config, vqgan, device: torch.device, dtype: torch.dtype, batches: list[int], repeats: int,
-            compiled: bool, report: Callable[[Comparison], None]) -> None:
-    """Reports T2I and I2T at each batch size. cfg is MAGVLT's; vqgan decodes, and is neither cast nor compiled."""
+            compiled: bool) -> Iterator[dict]:
+    """T2I and I2T at each batch size: seconds a batch of both models and of the VQ-GAN's decoder, and operations."""
     cfg = dataclasses.replace(cfg, image_steps=min(STEPS["t2i"], cfg.image_tokens), text_steps=STEPS["i2t"]).check()
-    twin = dataclasses.replace(cfg, model="argvlt", task_weights=(8.0, 2.0, 0.0), unroll_mask=False, mixsel="off")
-    masked, causal = (MAGVLT(c).to(device, dtype).eval() for c in (cfg, twin.check()))
-    step, caption = argvlt.next_token, min(CAPTION, cfg.text_length)
-    length = cfg.image_tokens + caption + 4
+    twin = dataclasses.replace(cfg, model="argvlt", **ARGVLT).check()
+    masked, causal = (MAGVLT(c).to(device, dtype).eval() for c in (cfg, twin))
+    forward, step, caption = masked.forward, argvlt.next_token, min(CAPTION, cfg.text_length)
+    for task, size in ((task, size) for task in STEPS for size in batches):
+        batch = {"image_tokens": torch.randint(cfg.codebook_size, (size, cfg.image_tokens), device=device),
+                 "text_tokens": torch.randint(cfg.end_token, (size, caption), device=device),
+                 "text_lengths": torch.full((size,), caption, device=device)}
+        masked.forward, cache = forward, causal.new_cache(size, cfg.image_tokens + caption + 4)
+        one = {name: tensor[:1] for name, tensor in batch.items()}
+        flops = [size * count_flops(partial(decode, model, task, one)) for model in (masked, causal)]
+        if compiled:  # anew for each batch size, so that no graph is made for sizes that may vary
+            torch._dynamo.reset()
+            for tensor in (tensor for pair in cache for tensor in pair):
+                torch._dynamo.mark_static_address(tensor)  # CUDA graphs may write into it
+            mode = "reduce-overhead" if device.type == "cuda" else "default"  # the former: with CUDA graphs
+            step, masked.forward = (torch.compile(call, mode=mode, fullgraph=True, dynamic=False)
+                                    for call in (argvlt.next_token, forward))
+        calls = [partial(decode, masked, task, batch), partial(decode, causal, task, batch, cache=cache, step=step),
+                 partial(vqgan.decode, batch["image_tokens"])]
+        seconds = dict(zip(("magvlt", "argvlt", "vqgan"), medians(calls, device, repeats, 3 if compiled else 1)))
+        yield {"task": task, "batch": size, **seconds, "magvlt_flops": flops[0], "argvlt_flops": flops[1]}
 
-    def calls(task: str, batch: int) -> list[Callable]:
-        image = torch.randint(cfg.codebook_size, (batch, cfg.image_tokens), device=device)
-        text = torch.randint(cfg.end_token, (batch, caption), device=device)
-        cache = causal.new_cache(batch, length)
-        for kept in (kept for pair in cache for kept in pair):
-            torch._dynamo.mark_static_address(kept)  # so that CUDA graphs may write into it
-        return [partial(masked_decoding, masked, task, image, text),
-                partial(causal_decoding, causal, task, image, text, cache, step), lambda: vqgan.decode(image)]
 
-    forward, mode = masked.forward, "reduce-overhead" if device.type == "cuda" else "default"  # with CUDA graphs
-    for task, k, tokens in (("t2i", cfg.image_steps, cfg.image_tokens), ("i2t", cfg.text_steps, caption)):
-        for batch in batches:
-            if compiled:  # anew for every shape, so that none is compiled for a shape that may vary
-                torch._dynamo.reset()
-                step, masked.forward = (torch.compile(function, mode=mode, fullgraph=True, dynamic=False)
-                                        for function in (argvlt.next_token, forward))
-            magvlt, arg, pictures = medians(calls(task, batch), device, repeats, 3 if compiled else 1)
-            report(Comparison(task, batch, k, tokens, magvlt, arg, pictures if task == "t2i" else 0.0,
-                              *(batch * number for number in operations_of(cfg, task, length, caption)),
-                              bytes_fetched(causal, task, batch, length, tokens)))
+def row(found: dict) -> str:
+    """A result of compare() as a line under HEAD."""
+    task, size, m, a, vqgan, *flop = found.values()
+    images = f"{m + vqgan:<10.4g}{a + vqgan:<10.4g}", f"{(a + vqgan) / (m + vqgan):.2f}"
+    both, ratio = images if task == "t2i" else ("", "")
+    return (f"{task:5}{size:<7}{m:<10.4g}{a:<10.4g}{both:20}{a / m:<8.2f}{ratio:10}{PAPER[task]:<8}"
+            f"{flop[0] / 1e9:<10.4g}{flop[1] / 1e9:.4g}")

@@ -8,6 +8,7 @@ import difflib
 import inspect
 import re
 import sys
+from collections.abc import Callable
 
 from nanomagvlt.config import PRESETS, Config, preset
 
@@ -31,6 +32,24 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unknown argument {unknown[0]}; see --help")
         return args
+
+    def run(self, command: Callable, args: argparse.Namespace) -> None:
+        """command(args); an error of the user's input ends it with one line and status 2, Ctrl-C with 130."""
+        try:
+            command(args)
+        except KeyboardInterrupt:
+            self.exit(130, "stopped: finished work is kept; the same command goes on from there\n")
+        except ValueError as error:
+            self.error(str(error))
+        except OSError as error:
+            self.error(f"{error.filename}: {error.strerror or error}")
+
+
+def positive(text: str) -> int:
+    """The type of a flag that is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
 
 
 def add_config_flags(parser: Parser, names: list[str] | None = None) -> None:

@@ -65,8 +65,8 @@ def matmul_flops(device: torch.device, precision: str) -> float:
 # ---------------------------------------------------------------------------------------------- computed
 
 def count_flops(call: Callable) -> int:
-    """Multiplications and additions in the matrix products of call(). PyTorch's counter sees attention only where it
-    is written out, hence SDPBackend.MATH."""
+    """Multiplications and additions in the matrix products of call(), by PyTorch's counter. On a CPU the counter sees
+    attention only where it is written out: hence SDPBackend.MATH."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops()

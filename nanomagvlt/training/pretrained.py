@@ -159,6 +159,19 @@ def release_bpe(path: str | Path, cfg: Config) -> BPE:
 
 # ---- the command --------------------------------------------------------------------------------------------
 
+def convert(args) -> None:
+    """Writes a published checkpoint, or the VQ-GAN in it, in this project's format."""
+    check_digest(args.file, args.sha256)
+    if args.only_vqgan:
+        vqgan = load_vqgan(args.file)
+        checkpoint.save(args.out, "vqgan", vqgan.cfg, step=0, vqgan=vqgan.state_dict())
+    else:
+        model, vqgan = load_magvlt(args.file, args.heads)
+        checkpoint.save(args.out, "magvlt", model.cfg, step=0, model=model.state_dict(), vqgan=vqgan.state_dict(),
+                        bpe=release_bpe(args.bpe, model.cfg).to_text())
+    print(f"{args.file} -> {args.out}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="nanomagvlt.training.pretrained", description=__doc__)
     parser.add_argument("file", type=Path, help="a published checkpoint")
@@ -167,21 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=0, help="attention heads (default: width / 128)")
     parser.add_argument("--sha256", default="", help="refuse a file with another SHA-256 digest")
     parser.add_argument("--only-vqgan", action="store_true", help="write a vqgan.pt to train with")
-    args = parser.parse(argv)
-    try:
-        check_digest(args.file, args.sha256)
-        if args.only_vqgan:
-            vqgan = load_vqgan(args.file)
-            checkpoint.save(args.out, "vqgan", vqgan.cfg, step=0, vqgan=vqgan.state_dict())
-        else:
-            model, vqgan = load_magvlt(args.file, args.heads)
-            checkpoint.save(args.out, "magvlt", model.cfg, step=0, model=model.state_dict(), vqgan=vqgan.state_dict(),
-                            bpe=release_bpe(args.bpe, model.cfg).to_text())
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"{error.filename or args.out}: {error.strerror or error}")
-    print(f"{args.file} -> {args.out}")
+    parser.run(convert, parser.parse(argv))
 
 
 if __name__ == "__main__":

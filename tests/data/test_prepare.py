@@ -159,16 +159,9 @@ def test_joining_before_encoding_changes_nothing_where_the_encoder_is_patchwise(
         assert (prepare.joining_changes(vqgan, pairs[:20]) == 0) == patchwise
 
 
-def test_batches_are_timed(source, capsys):
-    run(source, "c")
-    BPE([]).save("bpe.txt")
-    prepare.main(["--time", "c", "--bpe", "bpe.txt", "--seconds", "0.05"])
-    assert " samples/s from c" in capsys.readouterr().out
-
 
 @pytest.mark.parametrize("argv, name", [
     (["--source", "x"], "--vqgan"),
-    (["--time", "c"], "--bpe"),
     (["--part", "9/8", "--inspect"], "--part"),
     (["--crops", "-1", "--inspect", "--source", "x"], "--crops"),
     (["--inspect", "--source", "no/{0..3}.tar"], "no/0.tar"),

@@ -19,7 +19,6 @@ from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.config import preset
 from nanomagvlt.model import MAGVLT
 from nanomagvlt.tokenizers.vqgan import VQGAN
-from test_checkpoint import Evil
 from test_pretrained import in_their_layout
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +36,7 @@ def an_empty_folder(tmp_path, monkeypatch):
 
 
 def untrained(path: Path, **changes) -> Path:
-    """A run whose weights are as they start."""
+    """A run with untrained weights."""
     torch.manual_seed(0)
     cfg = preset("micro", bpe_merges=0, layers=1, width=16, heads=2, vq_channels=4, image_steps=2, text_steps=2,
                  **changes)
@@ -54,7 +53,7 @@ def trained(tmp_path) -> Path:
 
 
 def refused(script: str, argv: list[str], capsys) -> str:
-    """The one line that the script says when it refuses."""
+    """The one line of the script's error; it must leave no file behind."""
     before = sorted(Path.cwd().rglob("*"))
     with pytest.raises(SystemExit) as exit:
         SCRIPTS[script].main(argv)
@@ -229,8 +228,8 @@ def test_eval_scenes_writes_what_it_prints(trained, capsys):
     assert {"t2i_exact", "i2t_exact", "i2t_facts", "length", "reconstruction"} <= set(results)
 
 
-def test_eval_bias_wants_a_world_with_habits(trained, tmp_path, capsys):
-    assert "shapes:micro has no habits" in refused("eval.py", ["bias"], capsys)
+def test_eval_bias_needs_a_biased_world(trained, tmp_path, capsys):
+    assert "shapes:micro" in refused("eval.py", ["bias"], capsys)
     biased = untrained(tmp_path / "biased.pt", data="shapes:micro-biased", text_length=60)
     eval.main(["bias", "--checkpoint", str(biased), "--num-scenes", "3", "--out", "bias.json"])
     results, out = json.loads(Path("bias.json").read_text()), capsys.readouterr().out
@@ -240,7 +239,7 @@ def test_eval_bias_wants_a_world_with_habits(trained, tmp_path, capsys):
 def test_eval_edit_and_sweep(tmp_path, capsys):
     with pytest.raises(SystemExit):
         eval.main(["edit", "--checkpoint", str(untrained(tmp_path / "short.pt")), "--num-scenes", "3"])
-    assert "captions of shapes:micro have more than text_length 24 tokens here" in capsys.readouterr().err
+    assert "text_length 24" in capsys.readouterr().err
     untrained(tmp_path / "runs" / "x" / "last.pt", task_weights={"t2i": 1.0, "i2t": 1.0, "it2it": 1.0}, text_length=60)
     eval.main(["edit", "--num-scenes", "3", "--phrasings", "2", "--num-pairs", "2", "--out", "edit.json"])
     results, out = json.loads(Path("edit.json").read_text()), capsys.readouterr().out
@@ -250,8 +249,8 @@ def test_eval_edit_and_sweep(tmp_path, capsys):
         assert f"{results[name]['value']:.3f} [" in out
     eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--num-pairs", "2", "--out", "sweep.json"])
     rows, out = json.loads(Path("sweep.json").read_text()), capsys.readouterr().out
-    assert len(rows) == (7 + 6 + 4) * 5 and "order halton" in out and "guidance" not in out
-    assert "knows the empty caption" in refused("eval.py", ["sweep", "--vary", "guidance"], capsys)
+    assert len(rows) == (8 + 6 + 5) * 5 and "order halton" in out and "guidance" not in out
+    assert "condition_dropout" in refused("eval.py", ["sweep", "--vary", "guidance"], capsys)
     guided = untrained(tmp_path / "guided.pt", condition_dropout=0.1)
     eval.main(["sweep", "--num-scenes", "2", "--phrasings", "1", "--checkpoint", str(guided), "--vary", "guidance",
                "--out", "guided.json"])
@@ -275,7 +274,7 @@ def test_prepare_then_train_on_it(trained, capsys):
     meta.write_text(re.sub(r'"vqgan": "\w+"', '"vqgan": "another"', meta.read_text()))
     with pytest.raises(SystemExit):
         train.main(["--preset", "micro", "--vqgan", "runs/x/vqgan.pt", "--cache", "d", "--name", "z"])
-    assert "d/train was made with another VQ-GAN" in capsys.readouterr().err
+    assert "d/train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -296,40 +295,15 @@ def published_file(tmp_path_factory) -> bytes:
     return path.read_bytes()
 
 
-def spoil(data: bytes, how: str) -> None:
-    """Writes a.ckpt, with one thing wrong in it."""
-    Path("a.ckpt").write_bytes(data)
-    content = torch.load("a.ckpt", weights_only=True)
-    if how == "missing":
-        del content["state_dict"]["model.blocks.0.attn.key.bias"]
-    elif how in ("evil", "old evil"):
-        content["callbacks"] = Evil()
-    torch.save({"wrong kind": [1]} if how == "kind" else content, "a.ckpt",
-               _use_new_zipfile_serialization=how != "old evil")
-    if how == "truncated":
-        Path("a.ckpt").write_bytes(data[:len(data) // 2])
-
-
-@pytest.mark.parametrize("force", [True, False])
-@pytest.mark.parametrize("how, message", [
-    ("truncated", "a.ckpt: not a checkpoint"),
-    ("kind", "a.ckpt: holds something else, where a magvlt checkpoint is wanted"),
-    ("missing", "a.ckpt: the tensor blocks.0.attn.key.bias is missing"),
-    ("evil", "a.ckpt: refused, for it names"),
-    ("old evil", "a.ckpt: refused, for it names"),
-    ("digest", "a.ckpt: its SHA-256 is"),
-    ("no merges", "no.txt: CLIP's merges are not there: run `python data/download.py clip-bpe`"),
-    ("other merges", "other.txt: has 514 tokens, but the model has 518"),
+@pytest.mark.parametrize("argv, word", [
+    (["--bpe", "bpe.txt", "--sha256", "0" * 64], "SHA-256"),
+    (["--bpe", "no.txt"], "data/download.py clip-bpe"),
+    (["--bpe", "other.txt"], "other.txt"),
 ])
-def test_bad_published_files(how, message, force, published_file, monkeypatch, capsys):
-    if force:
-        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    spoil(published_file, how)
+def test_a_published_file_with_another_digest_or_other_merges_is_refused(argv, word, published_file, capsys):
+    Path("a.ckpt").write_bytes(published_file)
     BPE([]).save("other.txt")
-    BPE.train(["aaaa bbbb"], 4).save("bpe.txt")
-    merges = {"no merges": "no.txt", "other merges": "other.txt"}.get(how, "bpe.txt")
-    argv = ["--prompt", "x", "--checkpoint", "a.ckpt", "--heads", "3", "--bpe", merges]
-    assert message in refused("sample.py", argv + ["--sha256", "0" * 64] * (how == "digest"), capsys)
+    assert word in refused("sample.py", ["--prompt", "x", "--checkpoint", "a.ckpt", "--heads", "3", *argv], capsys)
 
 
 def test_a_published_file_draws_and_captions(published_file, capsys):
