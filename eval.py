@@ -23,13 +23,6 @@ from nanomagvlt.tokenizers.vqgan import VQGAN
 from nanomagvlt.training import checkpoint
 from nanomagvlt.training.cli import Parser, add_config_flags, given_settings, positive
 
-EDITS = {"object_inpainted": "an object inpainted", "centre_inpainted": "the centre inpainted",
-         "t2i": "all drawn (T2I)", "object_infilled": "a noun phrase infilled",
-         "centre_infilled": "the middle words infilled", "i2t": "all written (I2T)",
-         "i2t_true_length": "  with the true length", "pairs_agree": "generated together: they agree",
-         "pairs_crowded": "  and show several objects"}
-BIAS = {"i2t_seen": "caption: the true colour", "i2t_usual": "caption: the usual colour",
-        "t2i_asked": "drawing: the true colour", "t2i_usual": "drawing: the usual colour"}
 EXACT, PAIRS = ("t2i_exact", "i2t_exact"), ("pairs_agree", "pairs_crowded")
 SWEEP = {  # kind: the fields that vary, their values, what is measured. Pairs of numbers: first step, last step
     "order": (("image_order", "text_order"), ORDERS, EXACT),
@@ -56,15 +49,10 @@ def eval_edit(args) -> dict:
     results = small_world.evaluate_editing(pipeline, level, args.num_scenes, args.phrasings, args.seed)
     whole = small_world.evaluate_scenes(pipeline, level, args.num_scenes, args.phrasings, args.seed)
     results |= {"t2i": whole["t2i_exact"], "i2t": whole["i2t_exact"]}
-    if "it2it" in pipeline.cfg.tasks:
+    if "it2it" in pipeline.cfg.task_shares:
         results |= small_world.evaluate_pairs(pipeline, level, args.num_pairs, args.seed)
-    print(f"{results['scenes']} unseen scenes, {results['phrasings']} phrasings each, {args.num_pairs} pairs generated "
-          "from nothing; exact, 95% intervals over scenes")
-    for name, what in EDITS.items():
-        for key, text in ((name, what), (f"{name}_without", "  without the other modality")):
-            if key in results:
-                print(f"{text:32}{results[key]}")
-    return small_world.as_json(results)
+    print(f"{results['scenes']} unseen scenes, {args.phrasings} phrasings each; exact, 95% intervals over scenes")
+    return show(results)
 
 
 def eval_bias(args) -> dict:
@@ -73,11 +61,8 @@ def eval_bias(args) -> dict:
     if not level.bias:
         raise ValueError(f"shapes:{level.name} is not biased: bias needs a model trained on shapes:tiny-biased, say")
     results = small_world.evaluate_bias(pipeline, level, args.num_scenes, args.phrasings, args.seed)
-    print(f"{results['scenes']} unseen scenes without any usual colour, {results['phrasings']} phrasings each; share "
-          "of the objects, 95% intervals over scenes")
-    for name, what in BIAS.items():
-        print(f"{what:32}{results[name]}")
-    return small_world.as_json(results)
+    print(f"objects of {results['scenes']} unseen scenes without usual colours; 95% intervals over scenes")
+    return show(results)
 
 
 def eval_sweep(args) -> list[dict]:
@@ -86,7 +71,7 @@ def eval_sweep(args) -> list[dict]:
     cfg, table = pipeline.cfg, []
     if cfg.model == "argvlt":
         raise ValueError("sweep needs a masked model: an ARGVLT has no decoding steps")
-    needs = {"guidance": ("condition_dropout", cfg.condition_dropout), "pairs": ("it2it", "it2it" in cfg.tasks)}
+    needs = {"guidance": ("condition_dropout", cfg.condition_dropout), "pairs": ("it2it", "it2it" in cfg.task_shares)}
     if args.vary in needs and not needs[args.vary][1]:
         raise ValueError(f"--vary {args.vary} needs a model trained with {needs[args.vary][0]}")
     kinds = [args.vary] if args.vary else [kind for kind in SWEEP if kind not in needs or needs[kind][1]]
@@ -128,8 +113,7 @@ def eval_speed(args) -> list[dict]:
 
 
 def load(args) -> tuple[Pipeline, shapes.Level]:
-    """The checkpoint, with the decoding settings that are given as flags, and the level of the small world that it was
-    trained in. Raises ValueError for a model of anything else."""
+    """The model with the given decoding settings, and its level. Raises ValueError if it was not trained on shapes."""
     path = args.checkpoint or checkpoint.newest()
     pipeline = load_pipeline(path, args.device)
     pipeline = pipeline.with_settings(**given_settings(args, DECODING))
@@ -137,6 +121,14 @@ def load(args) -> tuple[Pipeline, shapes.Level]:
         raise ValueError(f"{path} was trained on {pipeline.cfg.data}: {args.what} needs a model of shapes")
     print(f"{path} on {pipeline.device}: {pipeline.cfg.data}")
     return pipeline, level
+
+
+def show(results: dict) -> dict:
+    """Prints the shares, under the names that small_world.py explains. Returns the results as plain values."""
+    for name, value in results.items():
+        if isinstance(value, small_world.Share):
+            print(f"{name:28}{value}")
+    return small_world.as_json(results)
 
 
 # Each prints what it measures; what it returns, if anything, is written to --out.
@@ -156,9 +148,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="eval.py", description=__doc__)
     parser.add_argument("what", nargs="?", default="scenes", choices=COMMANDS, help="what to measure (default scenes)")
     parser.add_argument("--checkpoint", type=Path, help="a last.pt or best.pt (default: the newest runs/*/last.pt)")
-    parser.add_argument("--num-scenes", type=positive, default=1000, help="at most this many unseen scenes (default 1000)")
+    parser.add_argument("--num-scenes", type=positive, default=1000, help="unseen scenes, at most (default 1000)")
     parser.add_argument("--phrasings", type=positive, default=2, help="prompts for each scene (default 2)")
-    parser.add_argument("--num-pairs", type=positive, default=128, help="pairs that edit and sweep generate (default 128)")
+    parser.add_argument("--num-pairs", type=positive, default=128, help="pairs that edit and sweep make (default 128)")
     parser.add_argument("--vary", choices=SWEEP, help="what sweep varies (default all)")
     parser.add_argument("--seed", type=int, default=0, help="of phrasings and decoding (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")

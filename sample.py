@@ -8,7 +8,7 @@
   python sample.py --image photo.png --text "a [MASK] circle [MASK:3]"   fills in the missing tokens (infilling)
   python sample.py --together                                            an image and its caption from nothing, or from
                                                                          --image with a region, or --text with [MASK]
-  python sample.py --prompt "..." --candidates 32 --clip ViT-B-32.pt     keeps the 8 that CLIP scores highest; or --judge
+  python sample.py --prompt "..." --candidates 32 --clip ViT-B-32.pt     keeps the 8 that CLIP scores best; or --judge
   python sample.py --prompt "..." --guidance 3                           classifier-free guidance
   python sample.py --prompt "..." --image-steps 8 --image-order halton --image-schedule square
   python sample.py --prompt "a red circle" --trace --attention circle    shows every step, and the attention to a word
@@ -30,7 +30,7 @@ from nanomagvlt.sampling import clip, edit, visualize
 from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, load_pipeline
 from nanomagvlt.tokenizers.bpe import clean_written
 from nanomagvlt.training import checkpoint, pretrained
-from nanomagvlt.training.cli import Parser, add_config_flags, given_settings, positive
+from nanomagvlt.training.cli import Parser, add_config_flags, given_settings, positive, reader
 
 
 # ---------------------------------------------------------------------------------------------- what is made
@@ -38,18 +38,13 @@ from nanomagvlt.training.cli import Parser, add_config_flags, given_settings, po
 def make_pictures(args, pipeline: Pipeline, generator: torch.Generator, scorer) -> None:
     """Draws the prompt or, in a given image, a part of it."""
     cfg, count = pipeline.cfg, args.candidates or args.num_samples
-    prompt_tokens, prompt_length = encode_captions(pipeline.bpe, [args.prompt], cfg.text_length)
-    words = range(0) if args.attention is None else edit.word_positions(pipeline.bpe, args.prompt, args.attention)
-    if words.stop > prompt_length:
-        raise ValueError(f"--attention {args.attention}: only {cfg.text_length} tokens of the prompt are read")
     if len(pipeline.bpe.encode(args.prompt)) > cfg.text_length:
         print(f"the prompt is longer than {cfg.text_length} tokens: only the first {cfg.text_length} are read")
-    known, to_fill, original = None, None, None
+    words = range(0) if args.attention is None else edit.word_positions(pipeline.bpe, args.prompt, args.attention)
+    if words.stop > cfg.text_length:
+        raise ValueError(f"--attention {args.attention}: only {cfg.text_length} tokens of the prompt are read")
+    original, known, to_fill = known_image(args, pipeline, count) if args.image else (None, None, None)
     if args.image:
-        picture = read_image(args.image)
-        to_fill = positions_to_fill(args, count, cfg.grid, picture)
-        original = square(picture, cfg.image_size)
-        known = pipeline.image_to_tokens(np.stack([original])).expand(count, -1)
         print(f"{int(to_fill[0].sum())} of {cfg.image_tokens} tokens are drawn again")
 
     started = time.monotonic()
@@ -60,55 +55,42 @@ def make_pictures(args, pipeline: Pipeline, generator: torch.Generator, scorer) 
         pictures = edit.blend(original, pictures, to_fill)
     labels = [""] * count
     if scorer:
-        scores = scorer(pictures, [args.prompt])
-        best = highest(scores, args.num_samples)
-        pictures, labels = pictures[best], [f"{scores[i]:.3f}" for i in best]
+        best, labels = choose(scorer(pictures, [args.prompt]), args.num_samples)
+        pictures = pictures[best]
         print(f"the best {len(best)} of {count}: {', '.join(labels)}")
-    sheets = {args.out: contact_sheet(pictures, labels) if len(pictures) > 1 else Image.fromarray(pictures[0])}
-    films = film_sheets(args, pipeline, trace) if args.trace else {}
-    if words:
-        steps = pipeline.tokens_to_image(torch.stack([step.tokens[0] for step in trace]))
-        tokens, length = prompt_tokens.to(pipeline.device), prompt_length.to(pipeline.device)
-        maps = visualize.attention_maps(pipeline.model, trace, tokens, length, words)
-        sheets[beside(args.out, "attention.png")] = visualize.attention_sheet(steps, maps)
-    save(sheets, films)
+    sheet = contact_sheet(pictures, labels) if len(pictures) > 1 else Image.fromarray(pictures[0])
+    save(args.out, {"": [sheet], **step_sheets(args, pipeline, trace, words)})
     print(f"{count} x {args.prompt!r} ({seconds:.2f} s a picture)")
 
 
 def make_captions(args, pipeline: Pipeline, generator: torch.Generator, scorer) -> None:
     """Captions an image or, in a given text, fills in the missing tokens."""
-    count, cfg = args.candidates or args.num_samples, pipeline.cfg
-    picture = np.stack([square(read_image(args.image), cfg.image_size)])                             # (1, S, S, 3)
-    known = known_text(args, pipeline, count) or ()
+    count = args.candidates or args.num_samples
+    picture, image_tokens, _ = known_image(args, pipeline, count)
     started = time.monotonic()
-    text_tokens, lengths, trace = pipeline.write_tokens(pipeline.image_to_tokens(picture).expand(count, -1), generator,
-                                                        *known)
+    text_tokens, lengths, trace = pipeline.write_tokens(image_tokens, generator, *known_text(args, pipeline, count))
     captions = pipeline.read_texts(text_tokens, lengths, cut=args.text is None)
-    seconds, chosen = (time.monotonic() - started) / count, ""
+    seconds = (time.monotonic() - started) / count
+    lines = [printable(clean_written(caption) if args.clean else caption) for caption in captions]
+    print(f"{count} x {args.image} ({seconds:.2f} s a caption):")
     if scorer:
-        scores = scorer(picture, captions)
-        best = highest(scores, args.num_samples)
-        captions, chosen = [f"{captions[i]}  ({scores[i]:.3f})" for i in best], f", the best {len(best)}"
-    print(f"{count} x {args.image} ({seconds:.2f} s a caption){chosen}:")
-    for caption in map(clean_written, captions) if args.clean else captions:
-        print(printable(caption))
+        best, scores = choose(scorer(picture, captions), args.num_samples)
+        lines = [f"the best {len(best)}:", *(f"{lines[i]}  ({score})" for i, score in zip(best, scores))]
+    print("\n".join(lines))
     if args.trace:
         print_steps(pipeline, trace, lengths)
 
 
 def make_pairs(args, pipeline: Pipeline, generator: torch.Generator) -> None:
     """Draws images and writes their captions together, from nothing or from a part of each."""
-    cfg, count, known_image = pipeline.cfg, args.num_samples, None
-    if args.image:
-        picture = read_image(args.image)
-        tokens = pipeline.image_to_tokens(np.stack([square(picture, cfg.image_size)]))
-        known_image = tokens.expand(count, -1), positions_to_fill(args, count, cfg.grid, picture)
-    image_tokens, text_tokens, lengths, traces = pipeline.make_pairs(count, generator, known_image,
+    count = args.num_samples
+    known = known_image(args, pipeline, count)[1:] if args.image else ()
+    image_tokens, text_tokens, lengths, traces = pipeline.make_pairs(count, generator, known,
                                                                      known_text(args, pipeline, count))
-    captions = pipeline.read_texts(text_tokens, lengths, cut=args.text is None)
-    save({args.out: contact_sheet(pipeline.tokens_to_image(image_tokens), list(map(printable, captions)))},
-         film_sheets(args, pipeline, traces["image"]) if args.trace else {})
-    print("\n".join(map(printable, captions)))
+    captions = [printable(text) for text in pipeline.read_texts(text_tokens, lengths, cut=args.text is None)]
+    save(args.out, {"": [contact_sheet(pipeline.tokens_to_image(image_tokens), captions)],
+                    **step_sheets(args, pipeline, traces["image"])})
+    print("\n".join(captions))
     if args.trace:
         print_steps(pipeline, traces["text"], lengths)
 
@@ -122,82 +104,92 @@ def read_image(path: Path) -> Image.Image:
         raise ValueError(f"{path}: {reason}; give a JPEG, PNG, WebP, GIF or BMP file") from None
 
 
-def positions_to_fill(args, count: int, grid: int, image: Image.Image) -> torch.Tensor:
-    """The image positions to draw again, (count, N) bool. Raises ValueError."""
-    if args.keep is not None:  # with a generator of its own, so that row 0 does not depend on the number of rows
-        return edit.random_positions(grid ** 2, 1 - args.keep, count, keyed_generator("keep", args.seed))
-    positions = edit.centre_positions(grid)
-    if args.region:
+def known_image(args, pipeline: Pipeline, count: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """The image of --image as the model sees it, uint8 (1, S, S, 3), `count` times its tokens (B, N), and `count` times
+    the positions to draw again (B, N) bool. Raises ValueError if there are no such positions."""
+    image, grid = read_image(args.image), pipeline.cfg.grid
+    positions = edit.centre_positions(grid)                                                          # (N,)
+    if args.region is not None:
         positions = edit.mask_to_positions(edit.region(image.size, args.region), grid)
     if args.mask:
         mask = read_image(args.mask)
         if Image.open(args.mask).has_transparency_data:
             raise ValueError(f"{args.mask} has transparent pixels: give a mask in black and white")
         if mask.size != image.size:
-            raise ValueError(f"{args.mask} is {mask.size[0]} x {mask.size[1]} pixels, {args.image} "
-                             f"{image.size[0]} x {image.size[1]}: they must have one size")
+            raise ValueError(f"{args.mask} and {args.image} must have one size, not {mask.size} and {image.size}")
         positions = edit.mask_to_positions(mask, grid)
+    if args.keep is not None:  # with a generator of its own, so that row 0 does not depend on the number of rows
+        positions = edit.random_positions(grid ** 2, 1 - args.keep, count, keyed_generator("keep", args.seed))
     positions = ~positions if args.outside else positions
     if not positions.any():
         raise ValueError("nothing is masked within the square that the model reads: give another region or mask")
-    return positions.expand(count, -1)
+    picture = np.stack([square(image, pipeline.cfg.image_size)])                                     # (1, S, S, 3)
+    return picture, pipeline.image_to_tokens(picture).expand(count, -1), positions.expand(count, -1)
 
 
-def known_text(args, pipeline: Pipeline, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """The text of --text, `count` times: tokens (B, T), lengths (B,), to_fill (B, T). None without it."""
+def known_text(args, pipeline: Pipeline, count: int) -> tuple[torch.Tensor, ...]:
+    """The text of --text, `count` times: tokens (B, T), lengths (B,), to_fill (B, T). Empty without --text."""
     if args.text is None:
-        return None
-    text_tokens, length, to_fill = edit.read_masked_text(args.text, pipeline.bpe, pipeline.cfg.text_length)
-    return text_tokens.expand(count, -1), length.expand(count), to_fill.expand(count, -1)
+        return ()
+    known = edit.read_masked_text(args.text, pipeline.bpe, pipeline.cfg.text_length)                 # (T,), (), (T,)
+    return tuple(tensor.expand(count, *tensor.shape) for tensor in known)
 
 
 def read_scorer(args, pipeline: Pipeline):
     """A function from pictures (B, S, S, 3) and one text, or one picture and several texts, to scores (B,): how well
     they match, higher is better. None without --judge and --clip."""
-    level = shapes.level_of(pipeline.cfg.data)
-    if args.judge and not level:
-        raise ValueError("--judge judges shapes only: give --clip FILE")
-    if args.judge and args.prompt is not None and shapes.parse(args.prompt) is None:
-        raise ValueError(f"--judge does not understand {args.prompt!r}: use the words of the captions of shapes")
-    if args.judge:
-        def judge(pictures: np.ndarray, texts: list[str]) -> np.ndarray:
-            pairs = [(reading, shapes.judge(shapes.parse(text), reading.scene))
-                     for reading in shapes.read_images(pictures, level) for text in texts]
-            return np.array([1.0 if v.exact and reading.is_clean else 0.99 * v.right / max(1, v.total)
-                             for reading, v in pairs])
-        return judge
     if args.clip:
         judge = clip.load_judge(args.clip, args.bpe, pipeline.device)
         return lambda pictures, texts: judge.model.similarity(judge.image_features(pictures),
-                                                                  judge.text_features(texts)).flatten().numpy()
+                                                              judge.text_features(texts)).flatten().numpy()
+    if not args.judge:
+        return None
+    level = shapes.level_of(pipeline.cfg.data)
+    if not level:
+        raise ValueError("--judge judges shapes only: give --clip FILE")
+    if args.prompt is not None and shapes.parse(args.prompt) is None:
+        raise ValueError(f"--judge does not understand {args.prompt!r}: use the words of the captions of shapes")
+
+    def score(pictures: np.ndarray, texts: list[str]) -> np.ndarray:
+        pairs = [(reading, shapes.judge(shapes.parse(text), reading.scene))
+                 for reading in shapes.read_images(pictures, level) for text in texts]
+        return np.array([1.0 if v.exact and reading.is_clean else 0.99 * v.right / max(1, v.total)
+                         for reading, v in pairs])
+    return score
 
 
-def highest(scores: np.ndarray, count: int) -> np.ndarray:
-    """The indices of the `count` highest scores, the best first; of equal scores the first."""
-    return np.argsort(-scores, kind="stable")[:count]
+def choose(scores: np.ndarray, count: int) -> tuple[np.ndarray, list[str]]:
+    """The indices of the `count` highest scores, the best first (of equal scores the first), and these scores."""
+    best = np.argsort(-scores, kind="stable")[:count]
+    return best, [f"{scores[i]:.3f}" for i in best]
 
 
 # ---------------------------------------------------------------------------------------------- what is shown
 
-def beside(out: Path, name: str) -> Path:
-    """samples.png, steps.gif -> samples-steps.gif."""
-    return out.with_name(f"{out.stem}-{name}")
+def step_sheets(args, pipeline: Pipeline, trace: list[Step], words: range = range(0)) -> dict[str, list[Image.Image]]:
+    """The pictures that --trace and --attention ask for, by name: the steps of the first drawing, and its attention to
+    the prompt's tokens at `words`."""
+    sheets = {}
+    if args.trace or words:
+        pictures = pipeline.tokens_to_image(torch.stack([step.tokens[0] for step in trace]))         # (K, S, S, 3)
+    if args.trace:
+        strip, frames = visualize.film(pictures, trace)
+        sheets = {"steps.png": [strip], "steps.gif": frames}
+    if words:
+        prompt = encode_captions(pipeline.bpe, [args.prompt], pipeline.cfg.text_length)              # (1, T), (1,)
+        maps = visualize.attention_maps(pipeline.model, trace, *prompt, words)                       # (K, N)
+        sheets["attention.png"] = [visualize.attention_sheet(pictures, maps)]
+    return sheets
 
 
-def film_sheets(args, pipeline: Pipeline, trace: list[Step]) -> dict[Path, list[Image.Image]]:
-    """The decoding of the first picture as a strip and as an animation, by file."""
-    painted = pipeline.tokens_to_image(torch.stack([step.tokens[0] for step in trace]))
-    strip, frames = visualize.film(painted, trace)
-    return {beside(args.out, "steps.png"): [strip], beside(args.out, "steps.gif"): frames}
-
-
-def save(sheets: dict[Path, Image.Image], films: dict[Path, list[Image.Image]]) -> None:
-    """Writes all pictures, after all are made."""
-    for path, sheet in sheets.items():
-        sheet.save(path, format="PNG")
-    for path, frames in films.items():
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=400, loop=0)
-    print("-> " + ", ".join(map(str, [*sheets, *films])))
+def save(out: Path, sheets: dict[str, list[Image.Image]]) -> None:
+    """Writes the picture "" to OUT, and the others beside it: "steps.gif" to OUT-steps.gif. Several pictures under one
+    name are an animation."""
+    paths = [out.with_name(f"{out.stem}-{name}") if name else out for name in sheets]
+    for path, (first, *others) in zip(paths, sheets.values()):
+        kind = "PNG" if path == out else None                                        # None: as its suffix says
+        first.save(path, kind, save_all=bool(others), append_images=others, duration=400, loop=0)
+    print("-> " + ", ".join(map(str, paths)))
 
 
 def print_steps(pipeline: Pipeline, trace: list[Step], lengths: torch.Tensor) -> None:
@@ -211,48 +203,44 @@ def printable(text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------- from the command line
 
-def contradictions(args) -> list[tuple[bool, str]]:
-    """Flags that do not go together, and what to do instead."""
-    draws, chosen_by = args.prompt is not None, [f"--{name}" for name in ("clip", "judge") if getattr(args, name)]
-    part = [f"--{name}" for name in ("region", "mask", "keep") if getattr(args, name) is not None]
-    shows = [f"--{name}" for name in ("trace", "attention") if getattr(args, name)]
-    return [
-        (not (draws or args.image or args.text is not None or args.together),
-         'give --prompt "..." to draw, --image FILE to caption, or see --help for more'),
-        (draws and args.text is not None, "--prompt is drawn, --text is filled in: give one of them"),
-        (args.together and draws, "--together writes its own text: leave --prompt out, or give --text with [MASK]"),
-        (args.text is not None and not (args.image or args.together),
-         "--text needs the --image that it describes, or --together to draw one"),
-        (len(part) > 1, f"{' and '.join(part)}: give one of them"),
-        (bool(part) and not args.image, f"{''.join(part[:1])} is a part of an --image: give one"),
-        (bool(part) and not (draws or args.together),
-         f'{"".join(part[:1])} needs --prompt "...", a description of the new image, or --together'),
-        (args.keep is not None and not 0 <= args.keep < 1, f"--keep {args.keep}: must lie in [0, 1)"),
-        (args.outside and not (args.region or args.mask), "--outside needs a --region or --mask"),
-        (args.blend and not (args.image and draws), "--blend needs an --image and a --prompt"),
-        ("guidance" in args and not draws, "--guidance is for drawings: give --prompt"),
-        (args.attention is not None and not draws, "--attention is for drawings: give --prompt"),
-        (args.candidates is not None and args.candidates < args.num_samples,
-         f"--candidates {args.candidates}: must be at least --num-samples {args.num_samples}"),
-        (len(chosen_by) > 1, "--clip and --judge: give one of them"),
-        (args.candidates is not None and not chosen_by, "--candidates needs --clip FILE or --judge, to choose by"),
-        (args.candidates is None and bool(chosen_by), f"{''.join(chosen_by[:1])} chooses among --candidates: give them"),
-        (args.candidates is not None and bool(shows), f"{''.join(shows[:1])} shows the first: leave --candidates out"),
-        (args.candidates is not None and (args.together or args.text is not None),
-         "--candidates is for drawings and captions"),
-        (args.clean and (draws or args.together or args.text is not None), "--clean is for whole captions, of --image"),
-    ]
+# Each flag on the left needs one of those on the right.
+NEEDS = (("text", "image together"), ("region mask keep", "image"), ("region mask keep", "prompt together"),
+         ("outside", "region mask"), ("blend", "image"), ("blend guidance attention", "prompt"),
+         ("candidates", "clip judge"), ("clip judge", "candidates"))
+# Each flag on the left goes with none of those on the right.
+EXCLUDES = (("prompt", "text together"), ("region", "mask keep"), ("mask", "keep"), ("clip", "judge"),
+            ("candidates", "text together trace attention"), ("clean", "prompt text together"))
+
+
+def check_flags(args) -> None:
+    """Raises ValueError for flags that do not go together."""
+    given = [name for name, value in vars(args).items() if value is not None and value is not False]
+    if not {"prompt", "image", "text", "together"} & set(given):
+        raise ValueError('give --prompt "..." to draw, --image FILE to caption, or see --help for more')
+    for names, others in NEEDS:
+        for name in names.split():
+            if name in given and not any(other in given for other in others.split()):
+                raise ValueError(f"--{name} needs --{' or --'.join(others.split())}")
+    for name, others in EXCLUDES:
+        for other in others.split():
+            if name in given and other in given:
+                raise ValueError(f"--{name} does not go with --{other}: leave one of them out")
+    if args.candidates is not None and args.candidates < args.num_samples:
+        raise ValueError(f"--candidates {args.candidates}: must be at least --num-samples {args.num_samples}")
+    if args.keep is not None and not 0 <= args.keep < 1:
+        raise ValueError(f"--keep {args.keep}: must lie in [0, 1)")
+    if not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
 
 
 def sample(args) -> None:
     """Does what the flags ask for. Raises ValueError or OSError, before anything is written."""
+    check_flags(args)
     path = args.checkpoint or checkpoint.newest()
-    if not args.out.parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
-    pipeline = load_pipeline(path, args.device, args.bpe, args.heads, args.sha256)
+    pretrained.check_digest(path, args.sha256)  # before anything in the file is read
+    pipeline = load_pipeline(path, args.device, args.bpe)
     if pipeline.cfg.model == "argvlt" and (args.together or args.trace or args.attention):
-        raise ValueError(f"{path} is an ARGVLT, which generates one token after the other: it has no --together, "
-                         "--trace or --attention")
+        raise ValueError(f"{path} is an ARGVLT, without decoding steps: it has no --together, --trace or --attention")
     pipeline = pipeline.with_settings(**given_settings(args, DECODING))
     scorer, generator = read_scorer(args, pipeline), keyed_generator("sample", args.seed)
     print(f"{path} on {pipeline.device}")
@@ -262,14 +250,6 @@ def sample(args) -> None:
         make_pictures(args, pipeline, generator, scorer)
     else:
         make_captions(args, pipeline, generator, scorer)
-
-
-def box(text: str) -> tuple[int, ...]:
-    """"0,0,16,16" -> (0, 0, 16, 16)."""
-    numbers = tuple(map(int, text.split(",")))
-    if len(numbers) != 4:
-        raise ValueError(text)
-    return numbers
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -286,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clean", action="store_true",
                         help="captions end at the first full stop and repeat no word, as in the authors' release")
     group = parser.add_argument_group("the part of --image to draw again (default: the middle of its rows and columns)")
-    group.add_argument("--region", type=box, help="a box x0,y0,x1,y1 in its pixels")
+    group.add_argument("--region", type=reader(tuple[int, ...]), metavar="X0,Y0,X1,Y1", help="a box in its pixels")
     group.add_argument("--mask", type=Path, help="an image file of its size, white in the part to draw again")
     group.add_argument("--keep", type=float, help="a random share of tokens to keep, in [0, 1)")
     group.add_argument("--outside", action="store_true", help="everything but the --region or --mask")
@@ -298,16 +278,10 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--trace", action="store_true", help="write every step: OUT-steps.png and .gif, or a table")
     group.add_argument("--attention", metavar="WORD", help="write the attention to a word: OUT-attention.png")
     group = parser.add_argument_group("for the authors' published checkpoints, and for --clip")
-    group.add_argument("--bpe", type=Path, default=pretrained.CLIP_BPE,
-                       help="CLIP's merges (default: where data/download.py puts them)")
-    group.add_argument("--heads", type=int, default=0, help="attention heads (default: width / 128)")
+    group.add_argument("--bpe", type=Path, default=pretrained.CLIP_BPE, help="CLIP's merges (default: as downloaded)")
     group.add_argument("--sha256", default="", help="refuse a file that has another digest")
     add_config_flags(parser, DECODING)
-    args = parser.parse(argv)
-    for is_wrong, message in contradictions(args):
-        if is_wrong:
-            parser.error(message)
-    parser.run(sample, args)
+    parser.run(sample, parser.parse(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Trains a MAGVLT: python train.py --preset tiny
+"""Trains a MAGVLT.
+
+  python train.py --preset tiny                                    the small world, in minutes on a laptop CPU
+  python train.py --preset tiny --name wide --width 192            another run beside it
+  python train.py --data 'shards/*.tar' --val-data 'val/*.tar'     your own pairs, as img2dataset writes them
 
 Four stages. A stage whose result is there is reused, and the output says so:
   vqgan    the image tokenizer                       -> runs/NAME/vqgan.pt
@@ -30,7 +34,7 @@ from nanomagvlt.data import shapes
 from nanomagvlt.data.cache import TokenCache, make_batch, rows_of_step, write_cache
 from nanomagvlt.data.sources import left_out, read_pairs
 from nanomagvlt.evaluation import small_world
-from nanomagvlt.io import first_line, write_json
+from nanomagvlt.io import first_line, one_line_error, write_json
 from nanomagvlt.model import MAGVLT, num_parameters
 from nanomagvlt.rng import batch_uniform, keyed_generator, keyed_seed
 from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, pick_device
@@ -45,11 +49,6 @@ from nanomagvlt.training.update import Meter, Parts, compiled_score, method_of, 
 
 REFERENCES = Path(__file__).parent / "data" / "results"
 STAGES = ("vqgan", "cache", "bpe", "model")
-EXAMPLES = """examples:
-  python train.py --preset tiny                                    the small world, in minutes on a laptop CPU
-  python train.py --preset tiny --name wide --width 192            another run beside it
-  python train.py --data 'shards/*.tar' --val-data 'val/*.tar'     your own pairs, as img2dataset writes them
-"""
 
 
 # ---------------------------------------------------------------------------------------------- the transformer
@@ -95,8 +94,8 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
                 log.write(step=step, **clock.read(), **{f"val_{name}": value for name, value in val.items()})
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in val.items())
                 tqdm.write(f"step {step:,}: validation {shown}" + reference.get(step, ""))
-                if val[method_of(cfg).MAIN] < best:
-                    best = val[method_of(cfg).MAIN]
+                if val[method_of(cfg).MAIN_TERM] < best:
+                    best = val[method_of(cfg).MAIN_TERM]
                     save("best.pt")
             if (step % cfg.sample_every == 0 or is_last) and is_first:
                 save_samples(pipeline, caches.get("val", caches["train"]), run / "samples" / f"{step:06d}.png")
@@ -110,23 +109,17 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
 
 def resume(run: Path, model: MAGVLT, averaged: MAGVLT,
            optimizer: torch.optim.Optimizer) -> tuple[int, float, Clock, FiniteCheck]:
-    """Restores everything from last.pt, if there is one: its step, the best validation loss, the clock, the check.
-
-    Raises ValueError for a file without training state, or of another model."""
+    """Restores everything from last.pt, if there is one: its step, the best validation loss, the clock, the check."""
     path = run / "last.pt"
     if not path.exists():
         return 0, math.inf, Clock(), FiniteCheck(run)
-    state = checkpoint.load(path, "magvlt")
-    if missing := {"trained", "optimizer", "step", "best", "seconds", "cpu_seconds", "skipped"} - state.keys():
-        raise ValueError(f"{path}: training cannot go on without its {min(missing)}: take another --name")
-    try:
+    with one_line_error(path, "training cannot go on from it: take another --name"):
+        state = checkpoint.load(path, "magvlt")
         model.load_state_dict(state["trained"])
         averaged.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError):
-        raise ValueError(f"{path}: is of a model of other sizes: take another --name") from None
-    return state["step"], state["best"], Clock(state["seconds"], state["cpu_seconds"]), FiniteCheck(run,
-                                                                                                    *state["skipped"])
+        clock, check = Clock(state["seconds"], state["cpu_seconds"]), FiniteCheck(run, *state["skipped"])
+        return state["step"], state["best"], clock, check
 
 
 @torch.no_grad()
@@ -139,10 +132,10 @@ def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[st
         batch = make_batch(cache, bpe, rows_of_step(i, size, len(cache), cfg.seed), cfg)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         rng = partial(batch_uniform, model.device, size, slice(size), cfg.seed, f"val {i}")
-        for task, share in cfg.tasks.items():
+        for task, share in cfg.task_shares.items():
             for name, term in method.losses(model, task, batch, rng)[1].items():
-                sums[task if name == method.MAIN else f"{task}_{name}"] += term.item() / batches
-                if name == method.MAIN:
+                sums[task if name == method.MAIN_TERM else f"{task}_{name}"] += term.item() / batches
+                if name == method.MAIN_TERM:
                     sums[name] += term.item() / batches * share
     return dict(sums)
 
@@ -329,7 +322,7 @@ def start(cfg: Config, run: Path, device: torch.device, args) -> None:
 
 
 def exit_with_error(line: str, status: int = 2) -> None:
-    """Ends this process with one line. An error before all processes have met is in all of them: the first prints it."""
+    """Ends this process with one line. An error before all processes have met is in all: the first prints it."""
     if distributed.world_size() > 1 or distributed.rank() == 0:
         process = f" (process {distributed.rank()})" if distributed.rank() else ""
         print(f"train.py: {line}{process}", file=sys.stderr)
@@ -337,7 +330,7 @@ def exit_with_error(line: str, status: int = 2) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="train.py", description=__doc__, epilog=EXAMPLES)
+    parser = Parser(prog="train.py", description=__doc__)
     parser.add_argument("--name", help="the run: runs/NAME (default: the preset's name)")
     parser.add_argument("--stage", choices=STAGES, default="model", help="stop after this stage (default: the last)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")

@@ -5,7 +5,6 @@ data/README.md describes each file, its licence, and other places to find it.
 """
 import hashlib
 import http.client
-import os
 import sys
 import urllib.error
 import urllib.request
@@ -36,11 +35,6 @@ FILES = {
 }
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def download(url: str, path: Path, sha256: str = "") -> str:
     """Fetches a file, by way of path.part, and returns its SHA-256. A file that exists is only checked.
 
@@ -55,14 +49,14 @@ def download(url: str, path: Path, sha256: str = "") -> str:
         except urllib.error.HTTPError as error:
             raise ValueError(f"{url}: {error.code} {error.reason}; data/README.md names other places") from None
         except (OSError, http.client.HTTPException) as error:
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            raise ValueError(f"{url}: {reason}; run the same command again to continue") from None
-    found = sha256_of(path if path.exists() else part)
+            raise ValueError(f"{url}: {error}; run the same command again to continue") from None
+    fetched = path if path.exists() else part
+    with open(fetched, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 and found != sha256:
         part.unlink(missing_ok=True)
         raise ValueError(f"{path}: its SHA-256 is {found}, not {sha256}: delete it, and fetch it again")
-    if not path.exists():
-        os.replace(part, path)
+    fetched.replace(path)
     return found
 
 

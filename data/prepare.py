@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere, without installing
 
-from nanomagvlt.data.cache import (check_replaceable, is_made, join_parts, make_parts, part_paths, remove_parts,
-                                   to_pixels, write_part)
+from nanomagvlt.data import cache
 from nanomagvlt.data.sources import MAX_BAD_SHARE, Pair, as_pairs, left_out, pieces_of, usable
 from nanomagvlt.sampling.pipeline import contact_sheet, pick_device
 from nanomagvlt.tokenizers.bpe import BPE, clean_caption
@@ -45,19 +44,19 @@ def prepare(args) -> None:
     pieces = pieces_of(args.source, vqgan.cfg.image_size, args.pairs, args.split, args.seed)
     settings = {"vqgan": checkpoint.weight_hash(vqgan), "image_size": vqgan.cfg.image_size, "crops": args.crops,
                 "seed": args.seed, "clean_captions": args.clean_captions}
-    paths = part_paths(args.out, pieces, settings)
-    if is_made(args.out, paths):
-        remove_parts(paths)  # of a process that was killed while it removed them
-        print(f"{args.out} exists, made of the same: nothing to do")
+    paths = cache.part_paths(args.out, pieces, settings)
+    if cache.is_made(args.out, paths):
+        cache.remove_parts(paths)  # of a process that was killed while it removed them
+        print(f"{args.out} exists, and was made from the same parts: nothing to do")
         return
-    check_replaceable(args.out)
-    make_parts(paths, lambda i, progress: write_part(paths[i], pieces[i], vqgan, settings, progress), part or (0, 1))
+    cache.check_replaceable(args.out)
+    cache.make_parts(paths, pieces, vqgan, settings, part or (0, 1))
     if part:
-        print(f"part {part[0] + 1}/{part[1]} is done; when all are, the same command without --part joins them")
+        print(f"part {part[0] + 1}/{part[1]} is done; the same command without --part or torchrun joins all parts")
         return
-    cache = join_parts(args.out, args.source, paths, settings)
-    remove_parts(paths)
-    print(f"{len(cache):,} pairs -> {args.out}{left_out(Counter(cache.meta['counts']))}")
+    made = cache.join_parts(args.out, args.source, paths, settings)
+    cache.remove_parts(paths)
+    print(f"{len(made):,} pairs -> {args.out}{left_out(Counter(made.meta['counts']))}")
 
 
 # ---------------------------------------------------------------------------------------------- looking first
@@ -67,8 +66,8 @@ def inspect(args) -> None:
     vqgan = args.vqgan and checkpoint.load_vqgan(args.vqgan)
     side = vqgan.cfg.image_size if vqgan else args.image_size
     bpe = args.bpe and BPE.load(args.bpe)
-    rank, world_size = args.part or (0, 1)
-    pieces = pieces_of(args.source, 0, args.pairs, args.split, args.seed)[rank::world_size]
+    first, step = args.part or (0, 1)
+    pieces = pieces_of(args.source, 0, args.pairs, args.split, args.seed)[first::step]
     counts, sides, lengths, kept = Counter(), [], [], []
     rng, started = random.Random(args.seed), time.perf_counter()
     for piece in tqdm(pieces, unit="piece"):
@@ -79,19 +78,16 @@ def inspect(args) -> None:
             slot = i if i < NUM_KEPT else rng.randrange(i + 1)  # reservoir sampling: all samples are equally likely
             if slot < NUM_KEPT:
                 kept[slot:slot + 1] = as_pairs(key, captions[:1], image, side)
-    total = sum(counts.values())
-    bad, rate = total - len(sides), len(sides) / (time.perf_counter() - started)
-    print(f"{args.source}: {len(sides):,} images with {len(lengths):,} captions in {len(pieces):,} "
-          f"piece{'s' * (len(pieces) > 1)}, read at {rate:.0f}/s")
-    print(f"bad: {bad:,} of {total:,}{left_out(counts)}" + (
-        f"; more than {MAX_BAD_SHARE:.0%}: prepare.py refuses this source" if bad > MAX_BAD_SHARE * total else ""))
+    total, rate = sum(counts.values()), len(sides) / (time.perf_counter() - started)
+    print(f"{len(sides):,} images with {len(lengths):,} captions in {len(pieces):,} pieces, read at {rate:.0f}/s")
+    print(f"bad samples: {total - len(sides):,} of {total:,}; the limit is {MAX_BAD_SHARE:.0%}{left_out(counts)}")
     if not sides:
         return
-    print(f"images: shorter side {spread(sides)} pixels; {np.mean(np.array(sides) < side):.1%} are smaller than {side} "
-          "and would be enlarged")
+    small, long = np.mean(np.array(sides) < side), np.mean(np.array(lengths) > args.text_length)
+    print(f"images: shorter side {spread(sides)} pixels; {small:.1%} are smaller than {side} and would be enlarged")
     print(f"captions: {spread(lengths)} " + (
-        f"tokens with the end token; {np.mean(np.array(lengths) > args.text_length):.1%} are longer than "
-        f"{args.text_length} and would be cut" if bpe else "words (with --bpe FILE: tokens, and how many are cut)"))
+        f"tokens with the end token; {long:.1%} are longer than {args.text_length} and would be cut" if bpe
+        else "words (with --bpe FILE: tokens, and how many are cut)"))
     print(f"an epoch: {len(lengths) / args.batch_size:,.1f} updates of {args.batch_size:,} pairs")
     if vqgan and len(kept) > 1:
         print(f"MixSel: {joining_changes(vqgan, kept):.1%} of the tokens change if the two images are joined before "
@@ -117,8 +113,8 @@ def joining_changes(vqgan, pairs: list[Pair]) -> float:
     for name, rows, axis in (("tall", g, 2), ("wide", g // 2, 1)):
         first = np.stack([getattr(pair, name) for pair in pairs])                                    # (B, h, w, 3)
         second = np.roll(first, 1, axis=0)
-        joined = vqgan.encode(to_pixels(np.concatenate([first, second], axis)))                      # (B, N)
-        apart = [vqgan.encode(to_pixels(half)).unflatten(1, (rows, -1)) for half in (first, second)]
+        joined = vqgan.encode(cache.to_pixels(np.concatenate([first, second], axis)))                      # (B, N)
+        apart = [vqgan.encode(cache.to_pixels(half)).unflatten(1, (rows, -1)) for half in (first, second)]
         changed.append(torch.cat(apart, axis).flatten(1) != joined)
     return torch.cat(changed).float().mean().item()
 
@@ -131,8 +127,8 @@ def main(argv: list[str] | None = None) -> None:
                         "'{00000..00331}.tar') or coco:CAPTIONS.json:IMAGES/; several with commas between them")
     parser.add_argument("--vqgan", type=Path, help="the vqgan.pt that makes the image tokens")
     parser.add_argument("--out", type=Path, help="the folder to write: caches/NAME/train or .../val")
-    parser.add_argument("--crops", type=int, default=0, help="random crops of each image, as in DALL-E's augmentation, "
-                        "each a pair of its own (default 0: the centre)")
+    parser.add_argument("--crops", type=positive, default=0, help="random crops of each image, as in DALL-E's "
+                        "augmentation, each a pair of its own (default: the centre alone)")
     parser.add_argument("--part", type=parse_part, metavar="K/N", help="do only the K-th of N shares (default: all)")
     parser.add_argument("--pairs", type=positive, default=40_000, help="pairs to draw of shapes (default 40000)")
     parser.add_argument("--split", default="train", choices=["train", "val", "test"],
@@ -152,8 +148,6 @@ def main(argv: list[str] | None = None) -> None:
     required = ["source"] if args.inspect else ["source", "vqgan", "out"]
     if missing := [name for name in required if getattr(args, name) is None]:
         parser.error(f"--{missing[0]} is required, or --inspect to look at a source; see --help")
-    if args.crops < 0:
-        parser.error(f"--crops {args.crops}: must be at least 0")
     parser.run(inspect if args.inspect else prepare, args)
 
 

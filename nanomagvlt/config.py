@@ -1,13 +1,15 @@
 """Every setting, once, in one flat dataclass.
 
 A preset is a small table of differences from the defaults below. Every field is a flag of train.py: `width` is
-`--width`, `vq_steps` is `--vq-steps`; the comment behind a field is also the flag's help. An unknown name is an error
-that offers the nearest one. `P` in a comment marks the paper's own setting (MAGVLT, CVPR 2023). Read on in masking.py.
+`--width`, `vq_steps` is `--vq-steps`; the comment after a field is also the flag's help. An unknown name is an error
+that offers the nearest one. In a comment, `P` is the setting of the paper (MAGVLT, CVPR 2023), and `R` the setting of
+the authors' released code, where the paper gives none. Read on in masking.py.
 """
 import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from nanomagvlt.masking import ORDERS, SCHEDULES
@@ -15,47 +17,47 @@ from nanomagvlt.sequence import TASKS
 
 
 def decoding(default):
-    """A field that only sampling reads: it can change after training (DECODING lists these fields)."""
+    """A field that only sampling reads, so that it can change after training. DECODING lists these fields."""
     return field(default=default, metadata={"decoding": True})
 
 
-def weights(**weights: float):
-    """A field of one number a task."""
-    return field(default_factory=lambda: dict(weights))
+def per_task(**numbers: float):
+    """A field with a number for each task."""
+    return field(default_factory=lambda: dict(numbers))
 
 
 @dataclass
 class Config:
     # Data
     data: str = "shapes:tiny"                # shapes:LEVEL, a folder of images with .txt beside them, or tar shards
-    val_data: str = ""                       # pairs for validation, in the same forms; empty: held-out shapes or none
+    val_data: str = ""                       # validation pairs, in the same forms; empty: held-out shapes, or none
     cache: str = ""                          # a folder of token caches, train/ and val/; empty: make them from the data
     pairs: int = 40_000                      # pairs in a cache of shapes; other data are always read whole
-    image_size: int = 32                     # pixels a side; P 256
+    image_size: int = 32                     # pixels per side; P 256
     text_length: int = 24                    # N_T: most text tokens in a caption, its end token included; P 64
     text_bucket: int = 4                     # T of a batch: its longest caption, rounded up to a multiple of this
     # Text tokens
     bpe: str = ""                            # a merges file; empty: train one on the captions
-    bpe_merges: int = 100                    # merges to train; vocabulary: 512 bytes + merges + 2 special; P 48,894
-    clean_captions: bool = False             # the release's clean-up of captions, before the cache; P yes
+    bpe_merges: int = 100                    # merges to train; vocabulary: 2 x 256 bytes + merges + 2 special; P 48,894
+    clean_captions: bool = False             # the release's clean-up of captions, before the cache; R yes
     bpe_dropout: float = 0.0                 # share of merges left undone in training; P 0.1
-    text_vocab: int = 0                      # V_T: size of the text vocabulary; 0: 512 + bpe_merges + 2; P 49,408
+    text_vocab: int = 0                      # V_T: size of the text vocabulary, from the merges; P 49,408
     # Image tokens: the VQ-GAN, in taming-transformers' terms
     vqgan: str = ""                          # a trained VQ-GAN; empty: train one on the images
     codebook_size: int = 128                 # V_I: image vocabulary; P 16,384
     codebook_dim: int = 32                   # size of a code vector; P 256
     vq_channels: int = 16                    # channels at full resolution; P 128
-    vq_multipliers: tuple[int, ...] = (1, 1, 2, 4)  # channels a level; each but the first halves the side; P 1,1,2,2,4
-    vq_res_blocks: int = 1                   # residual blocks a level (one more in the decoder); P 2
+    vq_multipliers: tuple[int, ...] = (1, 1, 2, 4)  # channels per level, each half the side; P 1,1,2,2,4
+    vq_res_blocks: int = 1                   # residual blocks per level (one more in the decoder); P 2
     vq_attention: tuple[int, ...] = ()       # sides of the feature maps that get attention; P 16
     vq_latent: int = 64                      # channels where encoder and decoder meet; P 256
     vq_groups: int = 4                       # groups of each GroupNorm; P 32
     vq_patchwise: bool = True                # the encoder sees one token's patch at a time; P no
-    vq_images: int = 20_000                  # decoded images held in memory to train the VQ-GAN on
-    vq_mixed: float = 0.25                   # share of them that is also shown joined with another, as MixSel does
+    vq_images: int = 20_000                  # images held in memory to train the VQ-GAN
+    vq_mixed: float = 0.25                   # share of them that is also joined with another image, as in MixSel
     vq_steps: int = 1000                     # updates
-    vq_start: int = 200                      # updates as a plain autoencoder before the codebook, by k-means, comes in
-    vq_batch: int = 16                       # images an update
+    vq_start: int = 200                      # updates as a plain autoencoder; then k-means starts the codebook
+    vq_batch: int = 16                       # images per update
     vq_lr: float = 2e-3                      # peak learning rate
     vq_discriminator: bool = False           # a PatchGAN discriminator (chapter 8); P yes
     vq_discriminator_start: int = 500        # updates before its loss counts
@@ -63,55 +65,55 @@ class Config:
     vq_lpips: str = ""                       # LPIPS's own vgg.pth, needed with --vq-vgg
     # Transformer
     model: str = "magvlt"                    # magvlt, or argvlt: its autoregressive counterpart (chapter 6)
-    segments: bool = False                   # argvlt: L-Verse's [REF] and [GEN] embeddings (BiART)
+    segments: bool = False                   # argvlt: an embedding for each half, given or generated (L-Verse)
     layers: int = 4                          # P 24
     width: int = 128                         # D; P 1024
     heads: int = 4                           # H; P 8
     dropout: float = 0.0                     # on residuals and attention; P 0.1
-    init_std: float = 0.09                   # weights and positions start as N(0, init_std); P 0.02
-    position_init: str = "sincos"            # positions start as N(0, init_std) (normal) or as sine waves; P normal
+    init_std: float = 0.09                   # weights and positions start as N(0, init_std); R 0.02
+    position_init: str = "sincos"            # positions start as N(0, init_std) (normal) or as sines; R normal
     # Objective (eq. 6)
-    task_weights: dict[str, float] = weights(t2i=2.0, i2t=2.0, it2it=1.0)  # how often a task is drawn; P 8, 1, 1
+    task_weights: dict[str, float] = per_task(t2i=2.0, i2t=2.0, it2it=1.0)  # how often each is drawn; P 8, 1, 1
     length_weight: float = 0.1               # lambda_TL; P 0.01
-    length_pass: str = "own"                 # length learnt in the main pass, or in its own, which does not show it
+    length_pass: str = "own"                 # pass that learns the length: main, or own, which hides it; R main
+    length_positions: int = 1                # masked text positions from which the length is predicted; R 16
     unroll_mask: bool = False                # UnrollMask (section 3.3): one more pass in T2I and I2T; P true
     unroll_weight: float = 1.0               # lambda_UM; P 1
-    unroll_text: str = "masked"              # text positions that may be masked again: those masked before, or all
+    unroll_text: str = "masked"              # text positions that UnrollMask may mask again: masked (before), or all
     mixsel: str = "off"                      # MixSel (section 3.4): off, select, or random (the control); P select
     mixsel_weight: float = 0.5               # lambda_MS; P 0.5
     mixsel_separators: int = 2               # tokens between two mixed captions; P 1, its release 2
-    it2it_ratio: str = "opposite"            # mask ratios of image and text run in opposite directions, or the same
+    it2it_ratio: str = "opposite"            # mask ratios of image and text: opposite, or the same; R opposite
     label_smoothing: float = 0.0             # P 0.1
-    condition_dropout: float = 0.0           # share of T2I's captions left out, which guidance needs (0.1, say); P 0
+    condition_dropout: float = 0.0           # share of T2I's captions left out, as guidance needs (0.1, say); P 0
     # Optimiser
     steps: int = 10_000                      # updates; P 40,000
-    batch_size: int = 16                     # pairs an update, of all processes together; P 4,096
+    batch_size: int = 16                     # pairs per update, of all processes together; P 4,096
     micro_batch: int = 0                     # pairs in one pass through the model; 0: the whole batch
-    precision: str = "fp32"                  # fp32, or bf16: matrix products in bfloat16; on a GPU sampling, too
+    precision: str = "fp32"                  # fp32, or bf16: matrix products in bfloat16 (on a GPU sampling too)
     compile: bool = False                    # torch.compile: a slow start, then fewer and larger kernels
     lr: float = 1e-3                         # peak learning rate; P 4.5e-4
-    decay_fraction: float = 0.3              # it falls to 0 as a cosine over this last share of the updates; P 1
+    decay_fraction: float = 0.3              # last share of the updates, in which lr falls to 0 as a cosine; P 1
     warmup: int = 100                        # updates of linear warm-up
     betas: tuple[float, ...] = (0.9, 0.96)   # AdamW; P 0.9, 0.96
-    weight_decay: float = 0.045              # on matrices only; P 0.045
-    clip: float = 4.0                        # largest gradient norm; P 4
-    ema: float = 0.999                       # moving average of the weights, per update: what samples; 0: none
+    weight_decay: float = 0.045              # on matrices, except embeddings and positions; P 0.045
+    grad_clip: float = 4.0                   # largest gradient norm; P 4
+    ema: float = 0.999                       # decay per update of the average of the weights, which samples; 0: none
     # Decoding (section 3.2)
     image_steps: int = decoding(16)          # K for images; P 10
     image_schedule: str = decoding("cosine") # gamma in decoding: cosine, linear, square; P cosine
-    image_order: str = decoding("gumbel")    # kept first: gumbel (by noisy confidence), confidence, random, halton
-    image_temperature: tuple[float, ...] = decoding((0.3, 0.1))  # sampling temperature, first step and last; P 1.4, 0.6
-    image_noise: tuple[float, ...] = decoding((0.5, 0.1))  # scale of the order's noise, first step and last; P 2, 0.2
+    image_order: str = decoding("gumbel")    # kept first: gumbel, inverse, confidence, random, halton; P gumbel
+    image_temperature: tuple[float, ...] = decoding((0.3, 0.1))  # sampling temperature, first step and last; R 1.4,0.6
+    image_noise: tuple[float, ...] = decoding((0.5, 0.1))  # scale of gumbel's noise, first step and last; R 2,0.2
     image_top_k: int = decoding(0)           # sample among this many likeliest tokens; 0: among all
     guidance: float = decoding(1.0)          # classifier-free guidance of drawings; 1: none
     text_steps: int = decoding(24)           # K for text; P 12
     text_schedule: str = decoding("linear")  # as image_schedule; P linear
-    text_order: str = decoding("halton")     # as image_order; or inverse: masked with probability 1/p; P inverse
-    text_temperature: tuple[float, ...] = decoding((0.1, 0.1))  # as image_temperature; P 0.1 at every step
+    text_order: str = decoding("halton")     # as image_order; inverse masks tokens in proportion to 1/p; R inverse
+    text_temperature: tuple[float, ...] = decoding((0.1, 0.1))  # as image_temperature; R 0.1,0.1
     text_noise: tuple[float, ...] = decoding((0.0, 0.0))  # as image_noise
-    text_top_k: int = decoding(32)           # as image_top_k; P 32
+    text_top_k: int = decoding(32)           # as image_top_k; R 32
     pair_text_order: str = decoding("inverse")  # as text_order, where image and text are generated together
-    length_positions: int = decoding(1)      # masked text positions that are shown to predict the length; P 16
     # Housekeeping
     seed: int = 0                            # same seed, same device, same result
     log_every: int = 10                      # updates between lines of log.jsonl
@@ -125,13 +127,18 @@ class Config:
 
     @property
     def end_token(self) -> int:
-        """The text token that ends and pads captions: the last id of the vocabulary (chapter 9)."""
+        """The text token that ends and pads captions: the last id of the text vocabulary (chapter 9)."""
         return self.text_vocab - 1
 
     @property
+    def patch(self) -> int:
+        """Pixels per side of the patch of one image token."""
+        return 2 ** max(0, len(self.vq_multipliers) - 1)
+
+    @property
     def grid(self) -> int:
-        """Image tokens a side."""
-        return self.image_size // 2 ** (len(self.vq_multipliers) - 1)
+        """G: image tokens per side."""
+        return self.image_size // self.patch
 
     @property
     def image_tokens(self) -> int:
@@ -139,83 +146,79 @@ class Config:
         return self.grid ** 2
 
     @property
-    def tasks(self) -> dict[str, float]:
-        """The share of the updates that each task gets; tasks of weight 0 are left out."""
+    def task_shares(self) -> dict[str, float]:
+        """The share of the updates that each task gets, without tasks of weight 0."""
         total = sum(self.task_weights.values())
         return {task: weight / total for task, weight in self.task_weights.items() if weight}
 
     def check(self) -> "Config":
-        """Returns itself. Raises ValueError, naming the field, where values cannot work together."""
-        refuse([(f"{name} {getattr(self, name)} must be at least {low}", getattr(self, name) < low)
-                for low, names in AT_LEAST.items() for name in names.split()])
-        refuse([(f"{name} {getattr(self, name)!r} is none of {', '.join(names)}", getattr(self, name) not in names)
-                for name, names in CHOICES.items()])
-        for name, value in vars(self).items():
-            numbers = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
-            refuse([(f"{name} {value} must be finite", isinstance(x, float) and not math.isfinite(x)) for x in numbers])
-        causal, mixes, patch = self.model == "argvlt", self.mixsel != "off", 2 ** (len(self.vq_multipliers) - 1)
-        refuse([(f"task_weights: no task {task!r}{nearest(task, TASKS)}", task not in TASKS)
-                for task in self.task_weights])
-        refuse([
-            (f"vq_multipliers {self.vq_multipliers} must be numbers of at least 1",
-             min(self.vq_multipliers, default=0) < 1),
-            (f"image_size {self.image_size} is no multiple of {2 * patch}, twice the patch that vq_multipliers make",
-             self.image_size % (2 * patch)),
-            (f"width {self.width} is no multiple of heads {self.heads}", self.width % self.heads),
-            (f"width {self.width} is no multiple of 4, as position_init sincos needs",
-             self.position_init == "sincos" and self.width % 4),
-            (f"vq_channels x vq_multipliers must be multiples of vq_groups {self.vq_groups}",
-             any(self.vq_channels * m % self.vq_groups for m in self.vq_multipliers)),
-            (f"vq_start {self.vq_start} must be below vq_steps {self.vq_steps}, or the codebook is never used",
-             not self.vqgan and self.vq_start >= self.vq_steps),
-            ("vq_vgg and vq_lpips: the perceptual loss needs both", bool(self.vq_vgg) != bool(self.vq_lpips)),
-            (f"codebook_size {self.codebook_size} is over 65,536, the most a cache can hold",
-             self.codebook_size > 2 ** 16),
-            (f"task_weights {self.task_weights} must be at least 0, and not all 0",
-             min(self.task_weights.values(), default=0) < 0 or not sum(self.task_weights.values())),
-            ("model argvlt has no it2it, UnrollMask, MixSel or condition_dropout",
-             causal and (not all(TASKS[task].given for task in self.tasks)
-                         or self.unroll_mask or mixes or self.condition_dropout > 0)),
-            ("segments are for model argvlt", self.segments and not causal),
-            ("mixsel needs at least two pairs at a time: see batch_size and micro_batch",
-             mixes and min(self.micro_batch or 2, self.batch_size) < 2),
-            (f"mixsel_separators {self.mixsel_separators} must lie in 1..text_length - 3",
-             mixes and not 1 <= self.mixsel_separators <= self.text_length - 3),
-            (f"length_positions {self.length_positions} must lie in 1..text_length {self.text_length}",
-             not 1 <= self.length_positions <= self.text_length),
-            (f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}",
-             self.micro_batch and self.batch_size % self.micro_batch),
-            *((f"{name} {getattr(self, name)} must lie in [0, 1)", not 0 <= getattr(self, name) < 1)
-              for name in ("label_smoothing", "dropout", "ema", "condition_dropout")),
-            *((f"{name} {getattr(self, name)} must lie in [0, 1]", not 0 <= getattr(self, name) <= 1)
-              for name in ("bpe_dropout", "vq_mixed", "decay_fraction")),
-            *((f"{name} {getattr(self, name)} must be above 0", getattr(self, name) <= 0)
-              for name in ("lr", "vq_lr", "clip", "decay_fraction")),
-            *((f"{name} {getattr(self, name)} must be two numbers of at least {low}",
-               len(getattr(self, name)) != 2 or min(getattr(self, name)) < low)
-              for name, low in (("betas", 0), ("image_temperature", 0.001), ("text_temperature", 0.001),
-                                ("image_noise", 0), ("text_noise", 0))),
-            (f"image_steps {self.image_steps} must lie in 1..{self.image_tokens}, the number of image tokens",
-             self.image_steps > self.image_tokens),
-            (f"guidance {self.guidance} needs a model trained with condition_dropout, which knows the empty caption",
-             self.guidance != 1 and not self.condition_dropout),
-        ])
+        """Returns itself. Raises ValueError, naming the field, for a value that cannot be used."""
+        for limit, (is_right, names) in LIMITS.items():
+            for name in names.split():
+                value = getattr(self, name)
+                numbers = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+                if not all(is_right(x) and math.isfinite(x) for x in numbers):
+                    raise ValueError(f"{name} {value} must be {limit}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
+        for problem in self.conflicts():
+            raise ValueError(problem)
         return self
 
+    def conflicts(self) -> Iterator[str]:
+        """The settings that do not go together, a line each."""
+        is_causal, mixes = self.model == "argvlt", self.mixsel != "off"
+        if unknown := [task for task in self.task_weights if task not in TASKS]:
+            yield f"task_weights: no task {unknown[0]!r}{nearest(unknown[0], TASKS)}"
+        if not self.task_shares:
+            yield f"task_weights {self.task_weights} must not all be 0"
+        for name in ("betas", "image_temperature", "text_temperature", "image_noise", "text_noise"):
+            if len(getattr(self, name)) != 2:
+                yield f"{name} {getattr(self, name)} must be two numbers"
+        if not self.vq_multipliers or self.image_size % (2 * self.patch):
+            yield (f"image_size {self.image_size} is no multiple of {2 * self.patch}, twice the patch of "
+                   f"vq_multipliers {self.vq_multipliers}")
+        if self.width % self.heads:
+            yield f"width {self.width} is no multiple of heads {self.heads}"
+        if self.position_init == "sincos" and self.width % 4:
+            yield f"width {self.width} is no multiple of 4, as position_init sincos needs"
+        if any(self.vq_channels * m % self.vq_groups for m in self.vq_multipliers):
+            yield f"vq_channels x vq_multipliers must be multiples of vq_groups {self.vq_groups}"
+        if not self.vqgan and self.vq_start >= self.vq_steps:
+            yield f"vq_start {self.vq_start} must be below vq_steps {self.vq_steps}, or the codebook is never used"
+        if bool(self.vq_vgg) != bool(self.vq_lpips):
+            yield "vq_vgg and vq_lpips: the perceptual loss needs both"
+        if self.codebook_size > 2 ** 16:
+            yield f"codebook_size {self.codebook_size} is over 65,536, the most a cache can hold"
+        if is_causal and (not all(TASKS[task].given for task in self.task_shares) or mixes or self.unroll_mask
+                          or self.condition_dropout):
+            yield "model argvlt has no it2it, UnrollMask, MixSel or condition_dropout"
+        if mixes and min(self.micro_batch or 2, self.batch_size) < 2:
+            yield "mixsel needs at least two pairs at a time: see batch_size and micro_batch"
+        if mixes and not 1 <= self.mixsel_separators <= self.text_length - 3:
+            yield f"mixsel_separators {self.mixsel_separators} must lie in 1..text_length - 3"
+        if not 1 <= self.length_positions <= self.text_length:
+            yield f"length_positions {self.length_positions} must lie in 1..text_length {self.text_length}"
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            yield f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}"
+        if self.image_steps > self.image_tokens:
+            yield f"image_steps {self.image_steps} is more than the {self.image_tokens} image tokens"
+        if self.guidance != 1 and not self.condition_dropout:
+            yield f"guidance {self.guidance} needs a model trained with condition_dropout, on empty captions"
 
-def refuse(problems: list[tuple[str, bool]]) -> None:
-    """Raises ValueError with the first message whose condition holds."""
-    for message, is_wrong in problems:
-        if is_wrong:
-            raise ValueError(message)
 
-
-AT_LEAST = {
-    0: "bpe_merges vq_start vq_discriminator_start length_weight unroll_weight mixsel_weight micro_batch warmup "
-       "weight_decay eval_scenes image_top_k text_top_k",
-    1: "pairs image_size text_length text_bucket codebook_size codebook_dim vq_channels vq_res_blocks vq_latent "
-       "vq_groups vq_images vq_steps vq_batch layers width heads steps batch_size image_steps text_steps log_every "
-       "eval_every sample_every save_every",
+LIMITS = {  # what a value must be, a test for it, and the fields
+    "at least 0": (lambda x: x >= 0, "bpe_merges vq_start vq_discriminator_start length_weight unroll_weight "
+                   "mixsel_weight micro_batch warmup weight_decay eval_scenes image_top_k text_top_k image_noise "
+                   "text_noise task_weights betas guidance"),
+    "at least 1": (lambda x: x >= 1, "pairs image_size text_length text_bucket codebook_size codebook_dim vq_channels "
+                   "vq_multipliers vq_res_blocks vq_latent vq_groups vq_images vq_steps vq_batch layers width heads "
+                   "steps batch_size image_steps text_steps log_every eval_every sample_every save_every"),
+    "above 0": (lambda x: x > 0, "lr vq_lr grad_clip decay_fraction init_std"),
+    "at least 0.001": (lambda x: x >= 0.001, "image_temperature text_temperature"),
+    "in [0, 1)": (lambda x: 0 <= x < 1, "label_smoothing dropout ema condition_dropout"),
+    "in [0, 1]": (lambda x: 0 <= x <= 1, "bpe_dropout vq_mixed decay_fraction"),
 }
 
 CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"),
@@ -258,8 +261,8 @@ DECODING = [f.name for f in dataclasses.fields(Config) if "decoding" in f.metada
 VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "vq_multipliers", "vq_res_blocks",
                 "vq_attention", "vq_latent", "vq_groups", "vq_patchwise")
 
-# Fields that may differ when a run goes on: how long, how often and how, not what. (Parts of another size are another
-# draw of MixSel's partners, of dropout and, where they are padded otherwise, of hidden words.)
+# Fields that may change when a run resumes. (Another micro_batch draws other MixSel partners, other dropout and, if its
+# texts are padded to another length, other text masks.)
 MAY_CHANGE = ("steps", "micro_batch", "compile", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")
 
 

@@ -1,17 +1,17 @@
 """Chapter 5 - Decoding: from all tokens masked to none, in a few steps (section 3.2, figure 2).
 
 There is one loop, decode(). It knows neither model nor task: it gets DecodeStates (tokens, some of them to fill) and a
-function that predicts their logits. Each step samples all masked tokens at once, then masks the least confident of them
-again, fewer in each step. Images and texts differ only in their SamplingConfig: an image token that was once kept is
-never masked again, a text token can be.
+function that predicts their logits. Each step samples all masked tokens at once, then masks some of them again, fewer
+from step to step: the least confident ones, or another of masking.ORDERS. Images and texts differ only in their
+SamplingConfig: an image token that was once kept is never masked again, a text token can be.
 
 generate() connects the loop with the model, by the task's record: t2i fills an image in view of a text, i2t a text in
-view of an image, it2it both (appendix D). What is filled decides the rest: all of a piece, a region of an image
-(inpainting), some words of a text (infilling). It needs a model in eval() mode.
+view of an image, it2it both (appendix D). It fills a whole piece, or a part: a region of an image (inpainting), some
+words of a text (infilling). It needs a model in eval() mode.
 
-Shapes: B batch, N positions of one piece, K decoding steps, V vocabulary, T text positions. Read on in argvlt.py.
+Shapes: B batch, N positions of a piece, K decoding steps, V vocabulary, L sequence, D width. Read on in argvlt.py.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from nanomagvlt.masking import bottom_k_mask, decoding_counts, halton_rank, order_scores, sample
 from nanomagvlt.rng import random_rows
-from nanomagvlt.sequence import KIND, TASKS, build, build_for_length, valid_mask
+from nanomagvlt.sequence import KIND, TASKS, build, build_for_length, empty_texts, valid_mask
+
+Generators = torch.Generator | Iterator[torch.Generator]  # one for a batch, or one for each row: see rng.random_rows()
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,19 @@ class SamplingConfig:
     noise: tuple[float, float]        # scale of the noise of order "gumbel", at the first step and at the last
     top_k: int                        # sample among this many most likely tokens; 0: among all
     can_remask: bool                  # whether a token that was kept can be masked again
-    floor: float                      # confidence is log max(p, floor), where p is the probability after top-k
+    min_p: float                      # confidence is log max(p, min_p), with p after temperature and top_k
     rows: int                         # rows of the grid of positions, for the Halton order; 1 for a text
 
 
 def sampling_config(cfg, kind: str, **changes) -> SamplingConfig:
-    """The settings in cfg for "image" or "text" tokens, with the release's rules that are no settings, and changes."""
+    """The settings of "image" or "text" tokens in cfg, with fixed rules of the release; `changes` replace fields."""
     if kind == "image":
         settings = SamplingConfig(cfg.image_steps, cfg.image_schedule, cfg.image_order, cfg.image_temperature,
-                                  cfg.image_noise, cfg.image_top_k, can_remask=False, floor=2.0 ** -10, rows=cfg.grid)
+                                  cfg.image_noise, cfg.image_top_k, can_remask=False, min_p=2.0 ** -10, rows=cfg.grid)
     else:
         settings = SamplingConfig(cfg.text_steps, cfg.text_schedule, cfg.text_order, cfg.text_temperature,
                                   cfg.text_noise, cfg.text_top_k, can_remask=True,
-                                  floor=torch.finfo(torch.float32).tiny, rows=1)
+                                  min_p=torch.finfo(torch.float32).tiny, rows=1)
     return replace(settings, **changes)
 
 
@@ -63,8 +65,8 @@ class DecodeState:
     to_fill: Tensor     # (B, N) bool
     config: SamplingConfig
     is_masked: Tensor = field(init=False)    # (B, N) bool: masked now
-    confidence: Tensor = field(init=False)   # (B, N) log p of each token when it was last sampled
-    counts: Tensor = field(init=False)       # (N + 1, K) how many are masked before each step, if 0..N are to fill
+    confidence: Tensor = field(init=False)   # (B, N) log p of each token when it was last sampled; 0 where it was given
+    counts: Tensor = field(init=False)       # (N + 1, K) row n: how many of n positions are masked before each step
     halton: Tensor = field(init=False)       # (N,) rank of each position in the Halton sequence
     trace: list[Step] = field(init=False)
 
@@ -78,15 +80,14 @@ class DecodeState:
 
 
 @torch.no_grad()
-def decode(predict_logits: Callable[[], list[Tensor]], states: list[DecodeState], generator: torch.Generator) -> None:
+def decode(predict_logits: Callable[[int], list[Tensor]], states: list[DecodeState], generator: Generators) -> None:
     """Fills the states in K steps.
 
-    predict_logits() -> logits (B, N, V) for each state, from its current tokens and is_masked. All random numbers are
-    drawn beforehand from the (CPU) generator, row after row: so the first row of a batch equals the single sample of
-    the same seed. An iterator of generators gives each row one of its own (see rng.random_rows).
+    predict_logits(k) -> logits (B, N, V) for each state, from its current tokens and is_masked. All random numbers are
+    drawn before the first step, on the CPU, row after row: so row 0 equals a batch of one with the same seed.
     Raises ValueError if an image has fewer positions to fill than steps, or if the states differ in their steps.
     """
-    batch, k_steps = len(states[0].tokens), states[0].config.steps
+    rows, k_steps, device = len(states[0].tokens), states[0].config.steps, states[0].tokens.device
     for state in states:
         fewest = state.to_fill.sum(1).min()
         if state.config.steps != k_steps:
@@ -94,21 +95,24 @@ def decode(predict_logits: Callable[[], list[Tensor]], states: list[DecodeState]
                              f"{state.config.steps}")
         if not state.config.can_remask and k_steps > fewest:
             raise ValueError(f"{k_steps} decoding steps, but only {fewest} tokens to fill: take fewer steps")
-    sizes = [k_steps * 2 * state.tokens.shape[1] for state in states]
-    uniform = random_rows(generator, batch, sum(sizes)).to(states[0].tokens.device).split(sizes, dim=1)
-    uniform = [numbers.view(batch, k_steps, 2, -1) for numbers in uniform]                           # (B, K, 2, N)
+    sizes = [k_steps * 2 * state.tokens.shape[1] for state in states]    # per token and step: to sample, to order
+    uniform = random_rows(generator, rows, sum(sizes)).to(device).split(sizes, dim=1)
+    uniform = [numbers.view(rows, k_steps, 2, -1) for numbers in uniform]                            # (B, K, 2, N)
     for k in range(k_steps):
-        for state, logits, numbers in zip(states, predict_logits(), uniform):
-            step(state, logits, k, numbers[:, k])
+        for state, logits, numbers in zip(states, predict_logits(k), uniform):
+            decode_step(state, logits, k, numbers[:, k])
 
 
-def step(state: DecodeState, logits: Tensor, k: int, uniform: Tensor) -> None:
-    """Step k = 0 .. K-1 of one state: fills all masked positions, then masks some again. uniform (B, 2, N)."""
+def decode_step(state: DecodeState, logits: Tensor, k: int, uniform: Tensor) -> None:
+    """Step k = 0 .. K-1 of one state: fills all masked positions, then masks some again, except in the last step.
+
+    logits (B, N, V), uniform (B, 2, N).
+    """
     config, last = state.config, state.config.steps - 1
     temperature, noise = (a + (b - a) * k / max(1, last) for a, b in (config.temperature, config.noise))
     sampled, p = sample(logits / temperature, uniform[:, 0], config.top_k)                           # (B, N) each
-    state.tokens = torch.where(state.is_masked, sampled, state.tokens)
-    state.confidence = torch.where(state.is_masked, p.clamp(min=config.floor).log(), state.confidence)
+    state.tokens = torch.where(state.is_masked, sampled, state.tokens)                               # (B, N)
+    state.confidence = torch.where(state.is_masked, p.clamp(min=config.min_p).log(), state.confidence)
     state.trace.append(Step(state.is_masked, state.tokens, state.confidence))
     if k < last:
         scores = order_scores(config.order, state.confidence, noise, uniform[:, 1], state.halton)    # (B, N)
@@ -120,39 +124,42 @@ def step(state: DecodeState, logits: Tensor, k: int, uniform: Tensor) -> None:
 
 @torch.no_grad()
 def generate(model, task: str, batch: dict[str, Tensor], to_fill: dict[str, Tensor],
-             sampling: dict[str, SamplingConfig], generator: torch.Generator, guidance: float = 1.0,
+             sampling: dict[str, SamplingConfig], generator: Generators, guidance: float = 1.0,
              update_length: bool = False) -> tuple[dict[str, Tensor], dict[str, list[Step]]]:
     """Fills the generated pieces of a task: the batch with its new tokens, and the trace of each piece.
 
-    batch holds tokens (and lengths) of all pieces, to_fill True (B, N) at the positions to fill, and sampling the
-    settings, each for the generated pieces. The lengths of texts are those in the batch; with update_length a text's
-    length is predicted again before each step but the first: positions that it gains are masked, those that it loses
-    are dropped.
+    batch has the tokens (and lengths) of all pieces. For each generated piece, to_fill (B, N) is True at the positions
+    to fill, and sampling has its settings. With update_length, which needs a text that is to fill as a whole, the
+    text's length is predicted again before each step but the first. New positions are masked, lost ones are dropped.
 
-    guidance w other than 1 is classifier-free guidance (Ho and Salimans, 2022): logits = null + w (given - null), where
-    null are the logits with the given texts empty (their end token alone), from the same pass of 2 B rows.
+    guidance w other than 1 is classifier-free guidance (Ho and Salimans, 2022): logits = null + w (given - null). null
+    are the logits with empty texts in place of the given ones. Both come from one pass of 2 B rows.
     """
     cfg, record, batch = model.cfg, TASKS[task], dict(batch)
     states = {piece: DecodeState(batch[f"{piece}_tokens"], to_fill[piece], sampling[piece])
               for piece in record.generates}
 
     def current() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The batch and the masks as they are now."""
         return ({**batch, **{f"{piece}_tokens": state.tokens for piece, state in states.items()}},
                 {piece: state.is_masked for piece, state in states.items()})
 
-    def predict_logits() -> list[Tensor]:
-        if update_length and states[record.length_of].trace:
-            change_length(model, task, *current(), batch, states[record.length_of])
+    def predict_logits(k: int) -> list[Tensor]:
+        if update_length and k > 0:
+            text, lengths = states[record.length_of], predict_length(model, task, *current())        # (B,)
+            is_valid = valid_mask(lengths, text.tokens.shape[1])                                     # (B, T)
+            text.is_masked = (text.is_masked | ~text.to_fill) & is_valid
+            text.to_fill = is_valid
+            batch[f"{record.length_of}_lengths"] = lengths
         shown, masks = current()
         if guidance != 1:
-            shown, masks = ({name: torch.cat([x, x]) for name, x in of.items()} for of in (shown, masks))   # 2 B rows
-            for piece in record.given:
-                if KIND[piece] == "text":
-                    shown[f"{piece}_tokens"][len(shown[f"{piece}_tokens"]) // 2:] = cfg.end_token
-                    shown[f"{piece}_lengths"][len(shown[f"{piece}_lengths"]) // 2:] = 1
+            shown, masks = ({name: torch.cat([x, x]) for name, x in tensors.items()} for tensors in (shown, masks))
+            rows = len(next(iter(shown.values())))                                                   # 2 B
+            is_null = torch.arange(rows, device=model.device) >= rows // 2                           # (2 B,)
+            shown = empty_texts(task, shown, is_null, cfg.end_token)
         seq = build(task, cfg, shown, masks)
-        hidden = model(seq)                                                                          # (B, L, D)
-        logits = [model.logits(hidden[:, seq.slices[piece]], KIND[piece]) for piece in states]       # (B, N, V) each
+        last_states = model(seq)                                                                     # (B, L, D)
+        logits = [model.logits(last_states[:, seq.slices[piece]], KIND[piece]) for piece in states]  # (B, N, V) each
         if guidance != 1:
             logits = [null + guidance * (given - null) for given, null in (both.chunk(2) for both in logits)]
         return logits
@@ -160,27 +167,19 @@ def generate(model, task: str, batch: dict[str, Tensor], to_fill: dict[str, Tens
     return current()[0], {piece: state.trace for piece, state in states.items()}
 
 
-def change_length(model, task: str, shown: dict[str, Tensor], masks: dict[str, Tensor], batch: dict[str, Tensor],
-                  text: DecodeState) -> None:
-    """Predicts the length of a text that is generated together with its image, and changes batch and text to it."""
-    lengths = predict_length(model, task, shown, masks)
-    is_valid = valid_mask(lengths, text.tokens.shape[1])                                             # (B, T)
-    text.is_masked, text.to_fill = (text.is_masked | ~text.to_fill) & is_valid, is_valid
-    batch[f"{TASKS[task].length_of}_lengths"] = lengths
-
-
 @torch.no_grad()
 def predict_length(model, task: str, batch: dict[str, Tensor], masks: dict[str, Tensor] | None = None) -> Tensor:
-    """The most likely length (B,) of the text to generate, in 1..T with its end token (section 3.2).
+    """The most likely length (B,) of the text to generate, in 1..N_T with its end token (section 3.2).
 
-    It comes from a pass of its own, which shows of the text only cfg.length_positions masked positions.
+    It comes from a pass of its own, in which the text is cfg.length_positions masked positions.
     """
     seq = build_for_length(task, model.cfg, batch, masks or {})
     return model.length_logits(model(seq), seq).argmax(dim=-1) + 1
 
 
-def blank(cfg, kind: str, batch: int, lengths: Tensor | None = None, device=None) -> tuple[Tensor, Tensor]:
-    """A piece that is unknown: tokens (B, N), and to_fill (B, N), all of an image or the first `lengths` of a text."""
-    count = cfg.image_tokens if kind == "image" else cfg.text_length
-    tokens = torch.zeros(batch, count, dtype=torch.long, device=device)
-    return tokens, torch.ones_like(tokens, dtype=torch.bool) if lengths is None else valid_mask(lengths, count)
+def blank(cfg, batch_size: int, text_lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """An unknown image or, with text_lengths (B,), an unknown text: its tokens (B, N), and to_fill (B, N)."""
+    count = cfg.image_tokens if text_lengths is None else cfg.text_length
+    tokens = torch.zeros(batch_size, count, dtype=torch.long)
+    to_fill = torch.ones_like(tokens, dtype=torch.bool) if text_lengths is None else valid_mask(text_lengths, count)
+    return tokens, to_fill

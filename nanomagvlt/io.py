@@ -1,8 +1,8 @@
 """Files: written whole or not at all, and read without running anything in them.
 
-A file is written under a temporary name in the same folder, flushed to the disk, and then renamed. A kill, a full disk
-or a second writer leaves the old file, or none. A file of tensors is a pickle, and a pickle can run any code: so
-tensors are read by PyTorch's restricted unpickler alone, in this one place. Read on where randomness is made: rng.py.
+A file is written under a temporary name in the same folder, flushed to the disk, and then renamed. So after a kill or a
+full disk the old file is there, and never half of a new one. A file of tensors is a pickle, and a pickle can run any
+code: so tensors are read by PyTorch's restricted unpickler only, and only here. Read on in tokenizers/vqgan.py.
 """
 import contextlib
 import io
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 def whole(path: Path) -> Iterator:
     """`with whole(path) as file:` gives a binary file to write; it gets its name when the block ends without error.
 
-    Raises OSError, with the name of the file, also where a library hides it (torch.save() on a full disk).
+    Raises OSError with the file's name, even if a library raises another error (torch.save() on a full disk).
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -81,7 +81,7 @@ def read_tensors(path: str | Path, what: str, mmap: bool = True, inert: tuple[st
     """The content of a file of torch.save() or torch.jit.save(), on the CPU. Nothing in it is run.
 
     `what` names the expected content in the message. With mmap a tensor is read from the disk when it is used.
-    `inert` gives the first parts of class names: an object of such a class is loaded as an Inert object.
+    Objects of classes whose names start with one of `inert` are loaded as Inert objects.
     Raises ValueError, one line, for a file that is absent, damaged, or holds an object of a class that is not allowed.
     """
     if not Path(path).is_file():
@@ -92,8 +92,8 @@ def read_tensors(path: str | Path, what: str, mmap: bool = True, inert: tuple[st
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()
             if sum(entry.file_size for entry in entries) > 2 * Path(path).stat().st_size:
-                raise ValueError("its content is compressed, and much larger than the file")
-            # torch.load() refuses a zip with constants.pkl, a part of TorchScript's code. No tensor needs this entry.
+                raise ValueError  # a small file that unpacks to a huge one
+            # torch.load() refuses a zip with constants.pkl, as TorchScript's. Tensors do not need it: it is renamed.
             if any(entry.filename.endswith("/constants.pkl") for entry in entries):
                 content = io.BytesIO(Path(path).read_bytes().replace(b"/constants.pkl", b"/constants.not"))
         # The unpickler can fill an OrderedDict, but no other subclass of dict, such as Lightning's AttributeDict.
@@ -111,7 +111,7 @@ def named_classes(path: str | Path) -> set[str]:
     """The names of all classes in a file of torch.save(). Its pickles are scanned, not loaded."""
     names = set()
     with open(path, "rb") as file, contextlib.suppress(ValueError):  # a damaged pickle; torch.load() reports it
-        pickles = [file] * 4                                         # the old format: three short pickles, the content
+        pickles = [file] * 4                                         # the old format: four pickles in a row
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -121,9 +121,9 @@ def named_classes(path: str | Path) -> set[str]:
 
 
 def load_strict(module: nn.Module, state: object, path: str | Path) -> nn.Module:
-    """The module, in evaluation mode, with the tensors of `state` as its weights, floating-point ones as float32.
+    """The module in evaluation mode, with the tensors of `state` as its weights (floating-point ones as float32).
 
-    Build the module under torch.device("meta"): then nothing is initialised in vain, and nothing is copied.
+    Build the module under torch.device("meta"): then its own weights take neither time nor memory.
     Raises ValueError, one line with the file's name, unless names and shapes are exactly those of the module.
     """
     if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor) and

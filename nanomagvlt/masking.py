@@ -15,18 +15,17 @@ Shapes: B batch, N positions of one modality, K decoding steps, V vocabulary.
 `python -m nanomagvlt.masking` prints the schedules. Read on in sequence.py.
 """
 import math
-from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-SLACK = 1e-9  # so that float64's rounding of gamma x N does not add or lose a position where it is a whole number
+SLACK = 1e-9  # larger than float64's rounding errors of gamma x N, where that is a whole number
 
 SCHEDULES = {  # gamma(u): exactly 1 at u = 0, exactly 0 at u = 1, and falling between
     "cosine": lambda u: torch.sin((1 - u) * (math.pi / 2)),  # images: cos(pi u / 2), as a sine so that 0 is exact
     "linear": lambda u: 1 - u,                               # text
-    "square": lambda u: 1 - u * u,                           # not the paper's: reveals fewer tokens at first
+    "square": lambda u: 1 - u * u,                           # not the paper's: masks more than linear
 }
 ORDERS = ("gumbel", "inverse", "confidence", "random", "halton")
 
@@ -36,31 +35,26 @@ def gamma(u: Tensor, schedule: str) -> Tensor:
     return SCHEDULES[schedule](u)
 
 
-def num_masked(share: Tensor, num_positions: Tensor | int,
-               rounding: Callable[[Tensor], Tensor] = torch.ceil) -> Tensor:
-    """ceil(share x N), at least 1 and at most N (section 3.1). share in [0, 1]: (B,) -> (B,) long.
-
-    N can be 0, for a modality that is not masked: the result is then 0. UnrollMask and MixSel round with torch.floor.
-    """
-    slack = SLACK if rounding is torch.floor else -SLACK
-    return rounding(share.double() * num_positions + slack).clamp(min=1).long().clamp(max=num_positions)
+def num_masked(share: Tensor, num_positions: Tensor | int, round_up: bool = True) -> Tensor:
+    """ceil(share x N), or floor, at least 1 and at most N (section 3.1). share in [0, 1], N: (B,) -> (B,) long."""
+    masked = share.double() * num_positions                                                          # (B,)
+    masked = (masked - SLACK).ceil() if round_up else (masked + SLACK).floor()
+    return masked.clamp(min=1).long().clamp(max=num_positions)
 
 
 def decoding_counts(num_to_fill: Tensor, steps: int, schedule: str, can_remask: bool) -> Tensor:
-    """How many positions are masked before each of the K decoding steps, of num_to_fill (B,): (B, K) long.
+    """The number of masked positions before each of the K decoding steps, if N are to fill: (N,) -> (N, K) long.
 
-    Images keep each token that was once revealed: ceil(gamma(k/K) N), and each step reveals at least one position. (A
-    row with fewer positions than steps has no valid counts; decode() refuses it.) Text tokens can be masked again
-    (can_remask): floor(gamma(k/K) N), at least 1. The paper writes ceil, the authors' code has floor.
+    An image token that is revealed stays: ceil(gamma(k/K) N), and each step reveals at least one. (decode() refuses
+    fewer positions than steps.) A text token can be masked again (can_remask): floor(gamma(k/K) N), at least 1. The
+    paper writes ceil, the authors' code has floor.
     """
-    share = gamma(torch.arange(steps, dtype=torch.float64) / steps, schedule).to(num_to_fill.device)  # (K,)
-    masked = share * num_to_fill[:, None]                                                            # (B, K)
-    if can_remask:
-        return (masked + SLACK).floor().clamp(min=1).long()
-    k = torch.arange(steps, device=num_to_fill.device)
-    counts = (masked - SLACK).ceil().long()                                                          # (B, K)
-    falling = (counts + k).cummin(dim=1).values - k     # each step has at least one less than the step before,
-    return falling.maximum(steps - k)                   # and leaves at least one for each step that follows
+    share = gamma(torch.arange(steps, dtype=torch.float64) / steps, schedule)                        # (K,)
+    counts = num_masked(share, num_to_fill[:, None], round_up=not can_remask)                        # (N, K)
+    if not can_remask:
+        for k in range(1, steps):  # at least one less than before, and at least one for each step that is left
+            counts[:, k] = counts[:, k].minimum(counts[:, k - 1] - 1).clamp(min=steps - k)
+    return counts
 
 
 def bottom_k_mask(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:
@@ -78,13 +72,13 @@ def order_scores(order: str, confidence: Tensor, noise: float, uniform: Tensor, 
 
     confidence (B, N) is log p of the token at each position, uniform (B, N) are new random numbers, halton (N,) is
     halton_rank() of the positions.
-      "gumbel"      confidence + noise x Gumbel noise: the paper's order for images
-      "inverse"     positions to mask are drawn, without replacement, with probabilities softmax(-log p), which are
-                    proportional to 1 / p: the authors' order for text. The n lowest of log p - Gumbel noise are the n
-                    highest of -log p + Gumbel noise, and those are such a draw (see gumbel())
-      "confidence"  the least confident are masked
-      "random"      any
-      "halton"      revealed positions spread evenly over the grid (Besnier et al., 2025, arXiv 2503.17076)
+      "gumbel"      confidence + noise x Gumbel noise: the authors' order for images
+      "inverse"     positions are drawn for masking in proportion to 1 / p: the authors' order for text. By gumbel() the
+                    n highest of -log p + Gumbel noise are such a draw, so the n lowest of log p - Gumbel noise are
+      "confidence"  the least confident positions are masked
+      "random"      random positions are masked
+      "halton"      the positions of highest rank are masked; those that are kept spread evenly over the grid (Besnier
+                    et al., 2025, arXiv 2503.17076)
     """
     if order == "gumbel":
         return confidence + noise * gumbel(uniform)
@@ -101,7 +95,7 @@ def order_scores(order: str, confidence: Tensor, noise: float, uniform: Tensor, 
 
 @cache
 def halton_rank(rows: int, columns: int) -> Tensor:
-    """The rank at which the Halton sequence of bases 2 and 3 first visits each cell of a grid: (rows x columns,)."""
+    """When the Halton sequence of bases 2 and 3 first visits each cell of a grid, 0 is first: (rows x columns,)."""
     rank, i = {}, 0
     while len(rank) < rows * columns:
         i += 1
@@ -111,7 +105,7 @@ def halton_rank(rows: int, columns: int) -> Tensor:
 
 
 def van_der_corput(i: int, base: int) -> float:
-    """The digits of i > 0 in reverse, behind the point: 6 = 110 in base 2 gives 0.011 = 3/8. In [0, 1)."""
+    """The digits of i > 0 in reverse, after the point: 6 = 110 in base 2 gives 0.011 = 3/8. In [0, 1)."""
     value, unit = 0.0, 1.0
     while i:
         unit /= base
@@ -139,8 +133,8 @@ def sample(logits: Tensor, uniform: Tensor, top_k: int = 0) -> tuple[Tensor, Ten
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
     p = logits.float().softmax(dim=-1)                                                               # (B, N, V)
     cumulative = p.cumsum(dim=-1)
-    # Slightly below the total, so that rounding never selects a token of probability 0 behind the last possible one.
-    target = uniform[..., None] * cumulative[..., -1:] * (1 - 1e-6)
+    # The target stays below the total: rounding must not select a token of probability 0 at the end.
+    target = uniform[..., None] * cumulative[..., -1:] * (1 - 1e-6)                                  # (B, N, 1)
     token = torch.searchsorted(cumulative, target, right=True)                                       # (B, N, 1)
     return token[..., 0], p.gather(-1, token)[..., 0]
 

@@ -3,13 +3,13 @@
 A pre-LayerNorm transformer that attends in both directions (section 3.1; sizes in table 8). MAGVLT's own parts: one
 token table for both modalities, tied to the output layer; image positions scored over the image vocabulary only, text
 positions over the text vocabulary only; and a linear layer that predicts the length of the text from the last state of
-BOT (section 3.2). Which position attends to which is decided in sequence.py: the model applies it.
+BOT (section 3.2). The rule which position attends to which comes with the sequence (sequence.py).
 
-With cfg.model "argvlt" the same transformer is ARGVLT (chapter 6): it is causal, and can read a sequence in parts, with
-the keys and values of earlier parts kept in a cache.
+With cfg.model "argvlt" the same class is ARGVLT (chapter 6): it is causal, and can read a sequence in parts, with the
+keys and values of earlier parts in a cache.
 
-Shapes: B batch, L sequence, D width, H heads, N image positions, T text positions, V vocabulary.
-Read on in objectives.py, which trains it, and decoding.py, which generates with it.
+Shapes: B batch, L sequence, D width, H heads, N positions of a piece, V its vocabulary, G image tokens per side,
+N_T = cfg.text_length. Read on in objectives.py, which trains it, and decoding.py, which generates with it.
 """
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nanomagvlt.config import Config
 from nanomagvlt.sequence import Sequence, Vocabulary
 
-Cache = list[tuple[Tensor, Tensor]]  # keys and values (B, H, L, D/H) of each block
+KVCache = list[tuple[Tensor, Tensor]]  # keys and values (B, H, L, D/H) of each block
 
 
 class Attention(nn.Module):
@@ -30,24 +30,24 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
         self.proj = nn.Linear(cfg.width, cfg.width)
 
-    def forward(self, x: Tensor, attn_mask: Tensor, bot: int | None = None, positions: Tensor | None = None,
+    def forward(self, x: Tensor, attn_mask: Tensor, length_row: int | None = None, columns: Tensor | None = None,
                 cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x (B, L, D), attn_mask (B, 1, 1 or L, keys) bool -> (B, L, D). Row `bot` attends only up to itself.
+        """x (B, L, D), attn_mask (B, 1, 1 or L, L) bool -> (B, L, D). Query length_row attends to no key after it.
 
-        With a cache, keys and values (B, H, L, D/H) of the whole sequence, x holds only the positions (L',) of it:
-        their keys and values are written into the cache, and x attends to the cache.
+        With a cache, x (B, L', D) is only the columns (L',) of the sequence: their keys and values enter the cache
+        (B, H, L, D/H), and x attends to the cache.
         """
         b, l, d = x.shape
         q, k, v = self.qkv(x).view(b, l, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, L, D/H) each
         dropout = self.dropout if self.training else 0.0
-        if cache is not None:  # attn_mask hides the part that is still empty: every step has the same shapes
-            k, v = cache[0].index_copy_(2, positions, k), cache[1].index_copy_(2, positions, v)
+        if cache is not None:  # attn_mask hides the empty part of the cache, so all steps have equal shapes
+            k, v = cache[0].index_copy_(2, columns, k), cache[1].index_copy_(2, columns, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
-        if bot is not None:
-            # The one row with a rule of its own is computed again, over the keys up to BOT (none of them is padding).
-            row = F.scaled_dot_product_attention(q[:, :, bot:bot + 1], k[:, :, :bot + 1], v[:, :, :bot + 1],
-                                                 dropout_p=dropout)                              # (B, H, 1, D/H)
-            y = torch.cat([y[:, :, :bot], row, y[:, :, bot + 1:]], dim=2)
+        if length_row is not None:  # the one query with a rule of its own is computed again
+            row, keys = slice(length_row, length_row + 1), slice(length_row + 1)
+            one = F.scaled_dot_product_attention(q[:, :, row], k[:, :, keys], v[:, :, keys], dropout_p=dropout,
+                                                 attn_mask=attn_mask[..., keys])                 # (B, H, 1, D/H)
+            y = torch.cat([y[:, :, :length_row], one, y[:, :, length_row + 1:]], dim=2)
         return self.proj(y.transpose(1, 2).reshape(b, l, d))                                     # (B, L, D)
 
 
@@ -62,27 +62,28 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(cfg.width, 4 * cfg.width), nn.GELU(), nn.Linear(4 * cfg.width, cfg.width))
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, *attention) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), *attention))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, attn_mask: Tensor, length_row: int | None, columns: Tensor | None,
+                cache: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), attn_mask, length_row, columns, cache))   # (B, L, D)
+        return x + self.dropout(self.mlp(self.norm2(x)))                                             # (B, L, D)
 
 
 class MAGVLT(nn.Module):
-    """The whole model. It maps a Sequence to its last states; logits() maps states to the tokens of a modality."""
+    """The whole model, MAGVLT or ARGVLT: from a Sequence to its last states; logits() maps states to tokens."""
 
     def __init__(self, cfg: Config):
         """cfg.text_vocab must be the size of the text tokenizer's vocabulary.
 
-        Weights start as N(0, init_std) and biases as 0 (appendix A); positions as N(0, init_std) or, not the paper's,
-        as sines and cosines.
+        Weights start as N(0, init_std) and biases as 0, as in the authors' code; positions as N(0, init_std) too or, an
+        option of ours, as sines and cosines.
         """
         super().__init__()
         self.cfg, self.vocab = cfg, Vocabulary(cfg)
-        self.tokens = nn.Embedding(self.vocab.num_tokens, cfg.width)
-        self.positions = nn.Embedding(self.vocab.num_positions, cfg.width)
+        self.token_table = nn.Embedding(self.vocab.num_tokens, cfg.width)
+        self.position_table = nn.Embedding(self.vocab.num_positions, cfg.width)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.head = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.GELU(), nn.LayerNorm(cfg.width))
-        self.output_bias = nn.Parameter(torch.zeros(self.vocab.first_special))
+        self.output_bias = nn.Parameter(torch.zeros(self.vocab.tokens["text"].stop))
         self.length = nn.Linear(cfg.width, cfg.text_length, bias=False) if cfg.model == "magvlt" else None
         self.segments = nn.Embedding(2, cfg.width) if cfg.segments else None
         for module in self.modules():
@@ -92,63 +93,65 @@ class MAGVLT(nn.Module):
                 nn.init.zeros_(module.bias)
         if cfg.position_init == "sincos":
             axis = sincos_init(cfg.grid, cfg.width // 2)                                           # (G, D/2)
-            image = torch.cat([axis.repeat_interleave(cfg.grid, 0), axis.repeat(cfg.grid, 1)], 1)  # (N, D): row, column
-            text = sincos_init(cfg.text_length, cfg.width)                                         # (T, D)
-            with torch.no_grad():  # the mean square of a sine is 1/2
-                self.positions.weight[:len(image) + len(text)] = 2 ** 0.5 * cfg.init_std * torch.cat([image, text])
+            image = torch.cat([axis.repeat_interleave(cfg.grid, 0), axis.repeat(cfg.grid, 1)], 1)  # (G G, D)
+            text = sincos_init(cfg.text_length, cfg.width)                                         # (N_T, D)
+            scale = 2 ** 0.5 * cfg.init_std  # the mean square of a sine is 1/2: so the deviation is init_std
+            with torch.no_grad():
+                self.position_table.weight[:len(image) + len(text)] = scale * torch.cat([image, text])
 
     @property
     def device(self) -> torch.device:
         return self.output_bias.device
 
-    def forward(self, seq: Sequence, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, seq: Sequence, columns: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """The states after the last block (no LayerNorm follows): (B, L, D).
 
-        With a cache (causal models only) it reads the positions (L',) alone; the cache must hold those before them.
+        A causal model can read some columns (L',) of the sequence alone: with a cache that holds the columns before
+        them, or from column 0 on. The result is then (B, L', D).
         """
-        part = slice(None) if positions is None else positions
-        x = self.tokens(seq.token_ids[:, part]) + self.positions(seq.position_ids[part])           # (B, L, D)
-        x = x + seq.is_masked[:, part, None] * self.positions(seq.masked_ids[part])                # (B, L, D)
-        if self.segments is not None:  # L-Verse: [REF] before BOG, [GEN] from there on
-            generated = torch.arange(seq.token_ids.shape[1], device=x.device) >= seq.bog
-            x = x + self.segments(generated[part].long())
-        attn_mask = seq.attn_mask
-        if positions is not None:
-            attn_mask = attn_mask[:, :, positions]                                                 # (B, 1, L', L)
-            attn_mask = attn_mask if cache else attn_mask[..., positions]                          # (B, 1, L', L')
+        part = slice(None) if columns is None else columns
+        x = self.token_table(seq.token_ids[:, part]) + self.position_table(seq.position_ids[part])     # (B, L, D)
+        x = x + seq.is_masked[:, part, None] * self.position_table(seq.mask_position_ids[part])        # (B, L, D)
+        if self.segments is not None:  # L-Verse: [REF] in the given half, [GEN] in the generated half
+            is_generated = torch.arange(seq.token_ids.shape[1], device=x.device) >= seq.bog            # (L,)
+            x = x + self.segments(is_generated[part].long())
+        attn_mask = seq.attn_mask                                                                  # (B, 1, 1 or L, L)
+        if columns is not None:
+            attn_mask = attn_mask[:, :, columns]                                                   # (B, 1, L', L)
+            attn_mask = attn_mask[..., columns] if cache is None else attn_mask
         for i, block in enumerate(self.blocks):
-            x = block(x, attn_mask, seq.bot, positions, cache[i] if cache else None)
+            x = block(x, attn_mask, seq.length_row, columns, None if cache is None else cache[i])  # (B, L, D)
         return x
 
-    def new_cache(self, batch: int, length: int) -> Cache:
+    def new_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache for the keys and values of a whole sequence: a pair (B, H, L, D/H) for each block."""
-        shape = batch, self.cfg.heads, length, self.cfg.width // self.cfg.heads
-        return [tuple(self.output_bias.new_zeros(shape) for _ in "kv") for _ in self.blocks]
+        shape = batch_size, self.cfg.heads, length, self.cfg.width // self.cfg.heads
+        return [(self.output_bias.new_zeros(shape), self.output_bias.new_zeros(shape)) for _ in self.blocks]
 
     def logits(self, states: Tensor, kind: str) -> Tensor:
         """Logits of the tokens at positions of one kind, "image" or "text", from their states (B, N, D): (B, N, V).
 
-        A head over all L positions and the whole vocabulary would cost a fifth of the forward pass, for nothing.
+        At base size a head over all L positions and both vocabularies would cost a fifth of the forward pass more.
         """
         rows = self.vocab.tokens[kind]
-        return F.linear(self.head(states), self.tokens.weight[rows], self.output_bias[rows])
+        return F.linear(self.head(states), self.token_table.weight[rows], self.output_bias[rows])
 
     def length_logits(self, states: Tensor, seq: Sequence) -> Tensor:
-        """Logits of the text's length from BOT's last state: (B, T). Class i is the length i + 1 (section 3.2)."""
-        return self.length(states[:, seq.bot])
+        """Logits of the text's length from BOT's last state: (B, N_T). Class i is the length i + 1 (section 3.2)."""
+        return self.length(states[:, seq.length_row])
 
 
 def sincos_init(num_positions: int, width: int) -> Tensor:
     """Sines and cosines of the position, with wavelengths from 2 pi to about 25 x num_positions: (positions, width).
 
-    The model learns on from there. A step of one position is then the same small rotation everywhere; from random
-    positions the model must learn it at each position anew.
+    They are the start of training. A step of one position is then the same rotation everywhere; with random positions
+    the model must learn it at each position.
     """
-    slowness = (4 * num_positions) ** (torch.arange(width // 2) / (width // 2))                    # (D/2,)
-    angle = torch.arange(num_positions)[:, None] / slowness                                        # (positions, D/2)
+    slowness = (4 * num_positions) ** (torch.arange(width // 2) / (width // 2))                    # (width/2,)
+    angle = torch.arange(num_positions)[:, None] / slowness                                        # (., width/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 def num_parameters(model: nn.Module) -> int:
-    """The number of trainable numbers in a module; tied ones count once."""
+    """The number of parameters of a module; tied ones count once."""
     return sum(p.numel() for p in model.parameters())

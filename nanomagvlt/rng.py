@@ -1,7 +1,8 @@
 """Randomness: a function of a key such as (seed, step, purpose), never of what happened before.
 
 So the same seed repeats a run, a resumed run equals the run that was not interrupted, and a checkpoint holds no random
-state. (Dropout alone uses PyTorch's global generator, which training reseeds by a key for each part of a batch.)
+state. (New weights and dropout use PyTorch's global generator. Training seeds it by a key: once for the weights, and
+for dropout before each part of a batch.) Read on in io.py.
 """
 import hashlib
 from collections.abc import Callable, Iterator
@@ -9,8 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-# rng(purpose, *shape) -> uniform numbers in [0, 1) of shape (B, *shape): the same numbers whenever the same purpose is
-# asked for within one update. So each sample's numbers stay the same however a batch is split into parts.
+# rng(purpose, *shape) -> uniform numbers in [0, 1), (B, *shape). Within one update a purpose always gives the same
+# numbers; of a part of a batch, it gives that part's rows.
 Rng = Callable[..., Tensor]
 
 
@@ -26,9 +27,10 @@ def keyed_generator(*key) -> torch.Generator:
 
 def batch_uniform(device: torch.device, batch_size: int, part: slice, seed: int, step: int | str, purpose: str,
                   *shape: int) -> Tensor:
-    """Uniform numbers in [0, 1), (b, *shape): rows `part` of those of the whole batch, (B, *shape).
+    """Uniform numbers in [0, 1), drawn as (B, *shape) for the whole batch and cut to the rows `part`: (b, *shape).
 
-    They depend on seed, step and purpose. They are drawn on the device, so that it does not wait for them.
+    They depend on seed, step (an update, or a name such as "val 0") and purpose. They are drawn on the device, so that
+    it does not wait for them.
     """
     generator = torch.Generator(device).manual_seed(keyed_seed(seed, step, purpose))
     return torch.rand(batch_size, *shape, generator=generator, device=device)[part]
@@ -37,7 +39,7 @@ def batch_uniform(device: torch.device, batch_size: int, part: slice, seed: int,
 def random_rows(generator: torch.Generator | Iterator[torch.Generator], rows: int, count: int) -> Tensor:
     """Uniform numbers in [0, 1), (rows, count), drawn row after row from one generator.
 
-    Given an iterator of generators, each row takes the next one: then a row does not depend on the rest of the batch.
+    From an iterator of generators each row takes the next: then a row does not depend on the rest of the batch.
     """
     if isinstance(generator, torch.Generator):
         return torch.rand(rows, count, generator=generator)

@@ -13,18 +13,20 @@ MASK_TXT stand where a token is masked. A text has T positions; those from its l
 
 The input at a position is the sum of two rows (the details are those of the authors' released code):
   token table      image tokens first, then text tokens, then the ten special tokens
-  position table   N rows for an image, T for a text, N + T + 4 special rows: the k-th special token of the sequence has
+  position table   rows for an image, rows for a text, and special rows: the k-th special token of the sequence has
                    special row k, whichever token it is
-and a masked position adds a third row to its MASK token and its own position: special row p for the p-th position of an
-image, and for the p-th of a text. This looks arbitrary, but the released weights do not work without it.
+A masked position adds a third row: special row p at the p-th position of its piece, for images and texts alike. The
+released weights need this.
 
-Attention: every position attends to every other, except that (1) no position attends to padding, and (2) BOT does not
-attend to the text behind it where the text's length is predicted, which is done at BOT. (In ARGVLT, chapter 6, each
-position attends only to itself and to the positions before it.)
+Attention: every position attends to every other, with two exceptions. No position attends to padding. In a task that
+predicts the length of a text, the BOT before this text attends only to itself and to what stands before it; the length
+is predicted there. (In ARGVLT, chapter 6, this is the rule for every position.)
 
-Shapes: B batch, N image positions, T text positions, L = N + T + 4, V_I and V_T vocabularies.
-`python -m nanomagvlt.sequence` prints the layouts. Read on in model.py.
+Shapes: B batch, L sequence, V vocabulary, N positions of a piece: G x G for an image, T for a text. T is the padded
+length of a batch, at most N_T = cfg.text_length. `python -m nanomagvlt.sequence` prints the layouts. Read on in
+model.py.
 """
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +36,8 @@ SPECIAL_TOKENS = ("BOI", "BOT", "BOC", "BOG", "MASK_IMG", "MASK_TXT", "LEFT", "R
 MASK_TOKEN = {"image": "MASK_IMG", "text": "MASK_TXT"}
 SEPARATOR = 91  # "|", in the text vocabularies of CLIP and of bpe.py: between two mixed captions
 
-# The kind of each piece: its vocabulary. Its tokens are batch["PIECE_tokens"], and a text's lengths "PIECE_lengths".
+# piece -> the kind of its tokens. A task with a second text gives it a name of its own: a new entry. In a batch a piece
+# has PIECE_tokens (B, N) and, if it is a text, PIECE_lengths (B,).
 KIND = {"image": "image", "text": "text"}
 
 
@@ -44,7 +47,7 @@ class Task:
     pieces: tuple[str, ...]     # the sequence in order: special tokens, and pieces of KIND
     generates: tuple[str, ...]  # the pieces whose tokens may be masked: they are predicted and scored
     unroll: bool                # whether UnrollMask adds a pass in training
-    length_of: str | None       # the text whose length is predicted, at the BOT in front of it
+    length_of: str | None       # the text whose length is predicted, at the BOT before it
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -59,29 +62,29 @@ TASKS = {"t2i": Task(TEXT_FIRST, generates=("image",), unroll=True, length_of=No
 
 
 class Vocabulary:
-    """The rows of the token table and of the position table. Everything that needs an offset or a size asks here."""
+    """The rows of the token table and of the position table: the one owner of offsets and sizes."""
 
     def __init__(self, cfg):
-        split, n, t = cfg.codebook_size, cfg.image_tokens, cfg.text_length
-        self.tokens = {"image": slice(0, split), "text": slice(split, split + cfg.text_vocab)}
-        self.first_special = split + cfg.text_vocab
-        self.num_tokens = self.first_special + len(SPECIAL_TOKENS)
-        self.positions = {"image": slice(0, n), "text": slice(n, n + t)}
-        self.special_positions = slice(n + t, 2 * (n + t) + 4)
-        # A second piece of a kind in one task, a second text for example, has rows of its own behind the special rows.
-        kinds = [[KIND[piece] for piece in TASKS[task].pieces if piece in KIND] for task in cfg.tasks]
-        most = max(of_task.count(kind) for of_task in kinds for kind in of_task)
-        self.num_positions = self.special_positions.stop + (most - 1) * (n + t)
+        image_end, text_end = cfg.codebook_size, cfg.codebook_size + cfg.text_vocab
+        self.tokens = {"image": slice(0, image_end), "text": slice(image_end, text_end)}
+        self.num_tokens = text_end + len(SPECIAL_TOKENS)
+        n, t = cfg.image_tokens, cfg.text_length
+        self.positions = {"image": slice(0, n), "text": slice(n, n + t), "special": slice(n + t, 2 * (n + t) + 4)}
+        # A further piece of the same kind in one task has rows of its own, in a block of n + t rows after these.
+        self.block = n + t
+        counts = [Counter(KIND[piece] for piece in TASKS[task].pieces if piece in KIND) for task in cfg.task_shares]
+        further = max(max(count.values()) for count in counts) - 1
+        self.num_positions = self.positions["special"].stop + further * self.block
 
     def special(self, name: str) -> int:
         """The token row of a special token."""
-        return self.first_special + SPECIAL_TOKENS.index(name)
+        return self.tokens["text"].stop + SPECIAL_TOKENS.index(name)
 
-    def position_rows(self, kind: str, repeat: int, count: int, device=None) -> Tensor:
-        """The position rows (count,) of a task's first piece of a kind (repeat 0), or of a further one."""
+    def position_rows(self, kind: str, count: int, device: torch.device, further: int = 0) -> Tensor:
+        """The first rows (count,) of a kind in the position table; of the further-th piece of this kind if not 0."""
         start = self.positions[kind].start
-        if repeat:
-            start += self.special_positions.stop + (repeat - 1) * self.special_positions.start
+        if further:
+            start += self.positions["special"].stop + (further - 1) * self.block
         return torch.arange(start, start + count, device=device)
 
 
@@ -89,15 +92,15 @@ class Vocabulary:
 class Sequence:
     """What the transformer reads."""
     task: Task
-    token_ids: Tensor           # (B, L) rows of the token table, MASK tokens where masked
-    position_ids: Tensor        # (L,)   rows of the position table
-    masked_ids: Tensor          # (L,)   rows of the position table that a masked position adds
-    is_masked: Tensor           # (B, L) True: hidden, and predicted
-    is_valid: Tensor            # (B, L) True: a real token; False: padding
-    attn_mask: Tensor           # (B, 1, 1, L), or (B, 1, L, L) if causal. True: the query (row) attends to the key
-    slices: dict[str, slice]    # the positions of each piece
-    bog: int                    # the position of BOG: the generated half begins here
-    bot: int | None             # the position that predicts the length and attends only up to itself; None: no such
+    token_ids: Tensor          # (B, L) rows of the token table, MASK tokens where masked
+    position_ids: Tensor       # (L,)   rows of the position table
+    mask_position_ids: Tensor  # (L,)   rows of the position table that a masked position adds
+    is_masked: Tensor          # (B, L) True: the token is hidden, and predicted
+    is_valid: Tensor           # (B, L) False: padding
+    attn_mask: Tensor          # (B, 1, 1, L), or (B, 1, L, L) if causal. True: the query (row) attends to the key
+    slices: dict[str, slice]   # the positions of each piece
+    bog: int                   # the position of BOG: the generated half begins here
+    length_row: int | None     # the BOT that predicts the length: this query attends to no key after it
 
 
 def valid_mask(lengths: Tensor, num_text: int) -> Tensor:
@@ -105,74 +108,89 @@ def valid_mask(lengths: Tensor, num_text: int) -> Tensor:
     return torch.arange(num_text, device=lengths.device) < lengths[:, None]
 
 
-def attention_rule(is_valid: Tensor, causal: bool) -> Tensor:
-    """Which key (column) each query (row) attends to, by is_valid (B, L): (B, 1, 1, L), or (B, 1, L, L) if causal.
+def not_padding(batch: dict[str, Tensor], piece: str) -> Tensor:
+    """True at the positions of a piece that are not padding: (B, N) bool."""
+    tokens = batch[f"{piece}_tokens"]
+    if KIND[piece] == "text":
+        return valid_mask(batch[f"{piece}_lengths"], tokens.shape[1])
+    return torch.ones_like(tokens, dtype=torch.bool)
 
-    BOT's row is not in it: a (B, L, L) mask for the sake of one row would cost L times the memory. The model computes
-    that row apart (Sequence.bot).
+
+def empty_texts(task: str, batch: dict[str, Tensor], rows: Tensor, end_token: int) -> dict[str, Tensor]:
+    """The batch with empty given texts, only their end token, in the rows (B,) where True."""
+    shown = dict(batch)
+    for piece in TASKS[task].given:
+        if KIND[piece] == "text":
+            shown[f"{piece}_tokens"] = batch[f"{piece}_tokens"].masked_fill(rows[:, None], end_token)
+            shown[f"{piece}_lengths"] = batch[f"{piece}_lengths"].masked_fill(rows, 1)
+    return shown
+
+
+def attention_rule(is_valid: Tensor, is_causal: bool) -> Tensor:
+    """Which key (column) each query (row) attends to, from is_valid (B, L): (B, 1, 1, L), or (B, 1, L, L) if causal.
+
+    The rule of length_row is not in it: for one row the mask would need (B, 1, L, L). The model computes this row
+    separately.
     """
-    attn_mask = is_valid[:, None, None, :]                                       # no query attends to padding
-    if causal:
+    attn_mask = is_valid[:, None, None, :]                                      # no query attends to padding
+    if is_causal:
         position = torch.arange(is_valid.shape[1], device=is_valid.device)
-        attn_mask = attn_mask & (position <= position[:, None])                  # nor to what stands behind it
+        attn_mask = attn_mask & (position <= position[:, None])                 # nor to any key after it
     return attn_mask
 
 
 def build(task: str, cfg, batch: dict[str, Tensor], masks: dict[str, Tensor] | None = None,
           selector: Tensor | None = None) -> Sequence:
-    """Lays a batch out in the order of the task.
+    """Lays out a batch in the order of the task.
 
-    batch: for each piece its tokens (B, N) in [0, V), and for each text its lengths (B,) in 1..T, the end token
-    included; T is at most cfg.text_length. masks: for some pieces, True (B, N) where a token is hidden. Tokens that are
-    masked or padding do not influence any state of a real token. selector (B,): special tokens (rows of the token
-    table) in BOG's place, when two contexts are mixed.
+    batch: for each piece its tokens (B, N) in [0, V), and for each text its lengths (B,) in 1..T, end token included.
+    masks: for some pieces, True (B, N) where a token is hidden. The tokens at masked and padded positions have no
+    influence. selector (B,): special tokens (rows of the token table) in BOG's place, when two contexts are mixed.
     """
     record, vocab, masks = TASKS[task], Vocabulary(cfg), masks or {}
-    first = batch[f"{next(piece for piece in record.pieces if piece in KIND)}_tokens"]
-    device, columns, slices, start, seen = first.device, [], {}, 0, []
-    for name in record.pieces:
-        if name in KIND:
-            kind, tokens = KIND[name], batch[f"{name}_tokens"]                                       # (B, N)
-            is_masked = masks.get(name, torch.zeros_like(tokens, dtype=torch.bool))
+    rows, device = next((len(tensor), tensor.device) for tensor in batch.values())
+    parts, slices, kinds, start = [], {}, [], 0
+    for piece in record.pieces:
+        if piece in KIND:
+            kind, tokens = KIND[piece], batch[f"{piece}_tokens"]                                     # (B, N)
+            is_valid = not_padding(batch, piece)                                                     # (B, N)
+            is_masked = masks.get(piece, torch.zeros_like(is_valid))                                 # (B, N)
             ids = (tokens + vocab.tokens[kind].start).masked_fill(is_masked, vocab.special(MASK_TOKEN[kind]))
-            rows = vocab.position_rows(kind, seen.count(kind), tokens.shape[1], device)              # (N,)
-            is_valid = torch.ones_like(is_masked) if kind == "image" else valid_mask(batch[f"{name}_lengths"],
-                                                                                     tokens.shape[1])
-            added = vocab.special_positions.start + torch.arange(tokens.shape[1], device=device)     # (N,)
-            seen.append(kind)
-        else:  # a special token: the k-th has special row k; it is never masked
-            ids = torch.full_like(first[:, :1], vocab.special(name))                                 # (B, 1)
-            if name == "BOG" and selector is not None:
+            positions = vocab.position_rows(kind, tokens.shape[1], device, kinds.count(kind))        # (N,)
+            mask_positions = vocab.position_rows("special", tokens.shape[1], device)                 # (N,)
+            kinds.append(kind)
+        else:  # the k-th special token, which is never masked, has special row k
+            k = len(parts) - len(kinds)
+            ids = torch.full((rows, 1), vocab.special(piece), device=device)                         # (B, 1)
+            if piece == "BOG" and selector is not None:
                 ids = selector[:, None]
-            k = len(columns) - len(seen)
-            rows = added = torch.arange(1, device=device) + vocab.special_positions.start + k        # (1,)
-            is_masked, is_valid = (torch.full_like(ids, value, dtype=torch.bool) for value in (False, True))
-        columns.append((ids, rows, added, is_masked, is_valid))
-        slices[name] = slice(start, start + ids.shape[1])
-        start = slices[name].stop
-    ids, rows, added, is_masked, is_valid = (torch.cat(column, dim=-1) for column in zip(*columns))
-    causal = cfg.model == "argvlt"
-    bot = slices[record.length_of].start - 1 if record.length_of and not causal else None
-    return Sequence(record, ids, rows, added, is_masked, is_valid, attention_rule(is_valid, causal), slices,
-                    slices["BOG"].start, bot)
+            is_valid, is_masked = torch.ones_like(ids).bool(), torch.zeros_like(ids).bool()          # (B, 1) each
+            positions = mask_positions = vocab.position_rows("special", k + 1, device)[k:]           # (1,)
+        parts.append((ids, positions, mask_positions, is_masked, is_valid))
+        slices[piece] = slice(start, start + ids.shape[1])
+        start += ids.shape[1]
+    ids, positions, mask_positions, is_masked, is_valid = (torch.cat(columns, dim=-1) for columns in zip(*parts))
+    is_causal = cfg.model == "argvlt"
+    length_row = slices[record.length_of].start - 1 if record.length_of and not is_causal else None
+    return Sequence(record, ids, positions, mask_positions, is_masked, is_valid, attention_rule(is_valid, is_causal),
+                    slices, slices["BOG"].start, length_row)
 
 
 def build_for_length(task: str, cfg, batch: dict[str, Tensor], masks: dict[str, Tensor]) -> Sequence:
-    """The sequence from which the text's length is predicted: it shows cfg.length_positions masked text positions.
+    """The sequence from which a text's length is predicted: of the text it has cfg.length_positions masked positions.
 
-    Their number matters. BOT does not attend to them, but the image positions that BOT attends to do: if there were as
-    many as the text has tokens, BOT could read from these the length that it must predict.
+    Their number matters. BOT does not attend to them, but the image positions do, and BOT attends to those. With one
+    masked position per token, BOT could read the length that it must predict.
     """
-    record, name = TASKS[task], TASKS[task].length_of
-    shown = batch[f"{(record.given or record.generates)[0]}_tokens"]                                 # (B, N)
-    lengths = torch.full_like(shown[:, 0], cfg.length_positions)                                     # (B,)
-    hidden = lengths.new_zeros(len(lengths), cfg.length_positions)                                   # (B, P)
-    return build(task, cfg, {**batch, f"{name}_tokens": hidden, f"{name}_lengths": lengths},
-                 {**masks, name: torch.ones_like(hidden, dtype=torch.bool)})
+    text, other = TASKS[task].length_of, next(iter(batch.values()))
+    lengths = torch.full((len(other),), cfg.length_positions, device=other.device)                   # (B,)
+    blank = lengths.new_zeros(len(lengths), cfg.length_positions)                                    # (B, positions)
+    return build(task, cfg, {**batch, f"{text}_tokens": blank, f"{text}_lengths": lengths},
+                 {**masks, text: torch.ones_like(blank, dtype=torch.bool)})
 
 
 def picture(task: str, cfg, masks: dict[str, Tensor], text_lengths: Tensor) -> str:
-    """One sample's sequence as text, a line a position: token, position row, added row."""
+    """One sample's sequence as text, a line per position: token, position row, the row that a masked position adds."""
     vocab = Vocabulary(cfg)
     batch = {"image_tokens": torch.arange(cfg.image_tokens)[None], "text_tokens": torch.arange(cfg.text_length)[None],
              "text_lengths": text_lengths}
@@ -182,15 +200,13 @@ def picture(task: str, cfg, masks: dict[str, Tensor], text_lengths: Tensor) -> s
         for kind, letter in (("image", "x"), ("text", "y")):  # the paper's letters
             if i < vocab.tokens[kind].stop:
                 return f"{letter}{i - vocab.tokens[kind].start}"
-        return SPECIAL_TOKENS[i - vocab.first_special]
+        return SPECIAL_TOKENS[i - vocab.tokens["text"].stop]
 
     def position(i: int) -> str:
-        for kind, rows in (*vocab.positions.items(), ("special", vocab.special_positions)):
-            if i < rows.stop:
-                return f"{kind} {i - rows.start}"
-    lines = [f"{task}: BOT attends to {'everything' if seq.bot is None else 'nothing behind it'}"]
+        return next(f"{kind} {i - rows.start}" for kind, rows in vocab.positions.items() if i < rows.stop)
+    lines = [f"{task}: BOT attends to {'everything' if seq.length_row is None else 'nothing after it'}"]
     for j, i in enumerate(seq.token_ids[0].tolist()):
-        added = "+ " + position(int(seq.masked_ids[j])) if seq.is_masked[0, j] else ""
+        added = "+ " + position(int(seq.mask_position_ids[j])) if seq.is_masked[0, j] else ""
         note = "" if seq.is_valid[0, j] else "padding: no position attends to it"
         lines.append(f"  {j:2}  {token(i):9} {position(int(seq.position_ids[j])):10} {added:12} {note}".rstrip())
     return "\n".join(lines)

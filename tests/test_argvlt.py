@@ -91,8 +91,8 @@ def test_the_loss_is_the_next_token_cross_entropy_at_every_position(task, causal
 
 def test_settings_that_a_causal_model_does_not_have():
     base = preset("base", model="argvlt")
-    assert set(base.tasks) == {"t2i", "i2t"} and not base.unroll_mask and base.mixsel == "off"
+    assert set(base.task_shares) == {"t2i", "i2t"} and not base.unroll_mask and base.mixsel == "off"
     for wrong in (dict(model="argvlt", task_weights={"it2it": 1.0}), dict(model="argvlt", mixsel="select"),
-                  dict(model="argvlt", condition_dropout=0.1), dict(segments=True)):
+                  dict(model="argvlt", condition_dropout=0.1)):
         with pytest.raises(ValueError, match="argvlt"):
             preset("tiny", **wrong)

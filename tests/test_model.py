@@ -18,13 +18,13 @@ def test_sincos_positions_have_equal_products_at_equal_distances():
 
 def test_weights_start_with_the_given_deviation(cfg):
     model = MAGVLT(dataclasses.replace(cfg, width=128, init_std=0.03, position_init="normal"))
-    for weight in (model.tokens.weight, model.positions.weight, model.blocks[1].attention.qkv.weight):
+    for weight in (model.token_table.weight, model.position_table.weight, model.blocks[1].attention.qkv.weight):
         assert abs(weight.std() - 0.03) < 0.002 and abs(weight.mean()) < 0.003
     assert not model.blocks[1].attention.qkv.bias.any() and not model.output_bias.any()
 
 
 def test_positions_start_as_sines_of_row_column_and_text_position(cfg):
-    rows = MAGVLT(dataclasses.replace(cfg, position_init="sincos")).positions.weight
+    rows = MAGVLT(dataclasses.replace(cfg, position_init="sincos")).position_table.weight
     assert torch.equal(rows[0, :8], rows[1, :8]) and torch.equal(rows[0, 8:], rows[2, 8:])    # G = 2, N = 4
     assert torch.allclose(rows[4:10], 2 ** 0.5 * cfg.init_std * sincos_init(6, 16))
     assert not torch.equal(rows[0, :8], rows[2, :8])
@@ -59,7 +59,7 @@ def test_attention_equals_the_written_out_softmax(task, cfg, model, batch):
     seq = build(task, cfg, batch, masked(cfg, batch))
     x = torch.randn(*seq.token_ids.shape, cfg.width)
     attention = model.blocks[0].attention
-    assert torch.allclose(attention(x, seq.attn_mask, seq.bot), written_out(attention, x, seq), atol=1e-5)
+    assert torch.allclose(attention(x, seq.attn_mask, seq.length_row), written_out(attention, x, seq), atol=1e-5)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -76,18 +76,19 @@ def test_padding_and_masked_tokens_change_nothing(task, cfg, model, batch):
 
 
 @pytest.mark.parametrize("task", ["i2t", "it2it"])
-def test_bot_attends_to_nothing_behind_it_in_any_layer(task, cfg, model, batch):
+def test_bot_attends_to_nothing_after_it_in_any_layer(task, cfg, model, batch):
     seq = build(task, cfg, batch)
     x = torch.randn(*seq.token_ids.shape, cfg.width)
-    behind, before = x.clone(), x.clone()
-    behind[:, seq.bot + 1:] = torch.randn_like(behind[:, seq.bot + 1:])
-    before[:, seq.bot - 1] += 1
+    after, before = x.clone(), x.clone()
+    after[:, seq.length_row + 1:] = torch.randn_like(after[:, seq.length_row + 1:])
+    before[:, seq.length_row - 1] += 1
     for block in model.blocks:
-        bot, same, other = (block.attention(y, seq.attn_mask, seq.bot)[:, seq.bot] for y in (x, behind, before))
+        bot, same, other = (block.attention(y, seq.attn_mask, seq.length_row)[:, seq.length_row]
+                            for y in (x, after, before))
         assert torch.equal(bot, same) and not torch.allclose(bot, other)
     seq = build("t2i", cfg, batch)  # where the text is given, BOT attends to it
     bot = seq.slices["text"].start - 1
-    a, b = (model.blocks[0].attention(y, seq.attn_mask, seq.bot)[:, bot] for y in (x, behind))
+    a, b = (model.blocks[0].attention(y, seq.attn_mask, seq.length_row)[:, bot] for y in (x, after))
     assert not torch.allclose(a, b)
 
 
@@ -113,19 +114,20 @@ def test_a_masked_position_is_its_mask_token_and_two_position_rows(task, cfg, mo
     x = model(seq)
     for piece, token, first in (("image", "MASK_IMG", 0), ("text", "MASK_TXT", cfg.image_tokens)):
         for i, p in masks[piece].nonzero().tolist():
-            expected = (model.tokens.weight[vocab.special(token)] + model.positions.weight[first + p]
-                        + model.positions.weight[cfg.image_tokens + cfg.text_length + p])
+            expected = (model.token_table.weight[vocab.special(token)] + model.position_table.weight[first + p]
+                        + model.position_table.weight[cfg.image_tokens + cfg.text_length + p])
             assert torch.allclose(x[i, seq.slices[piece]][p], expected, atol=1e-6)
 
 
 def test_logits_are_over_their_own_vocabulary(cfg, model, batch):
     seq = build("it2it", cfg, batch)
     states = model(seq)
-    head = model.head(states) @ model.tokens.weight[:-10].T + model.output_bias                   # (B, L, V_I + V_T)
+    head = model.head(states) @ model.token_table.weight[:-10].T + model.output_bias              # (B, L, V_I + V_T)
     for piece, vocabulary in (("image", slice(0, cfg.codebook_size)), ("text", slice(cfg.codebook_size, None))):
         where = seq.slices[piece]
         assert torch.allclose(model.logits(states[:, where], piece), head[:, where, vocabulary], atol=1e-5)
-    assert torch.allclose(model.length_logits(states, seq), states[:, seq.bot] @ model.length.weight.T, atol=1e-5)
+    expected = states[:, seq.length_row] @ model.length.weight.T
+    assert torch.allclose(model.length_logits(states, seq), expected, atol=1e-5)
 
 
 def test_parameters_are_counted_by_the_papers_formula(cfg):

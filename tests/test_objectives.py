@@ -38,8 +38,8 @@ def test_exactly_the_papers_number_of_tokens_is_masked_and_no_padding(task, rati
     g = torch.Generator().manual_seed(0)
     cfg.it2it_ratio = ratio
     batch = {"image_tokens": torch.zeros(steps, n), "text_tokens": torch.zeros(steps, t), "text_lengths": lengths}
-    masks = sample_masks(TASKS[task], maskable(TASKS[task], batch),
-                         lambda purpose, *shape: torch.rand(steps, *shape, generator=g) if shape else r, "", cfg)
+    masks = sample_masks(maskable(task, batch), lambda purpose, *shape: torch.rand(steps, *shape, generator=g) if shape
+                         else r, "", cfg)
     assert set(masks) == set(TASKS[task].generates)
     if "image" in masks:
         assert torch.equal(masks["image"].sum(1),
@@ -201,8 +201,8 @@ def test_fewer_positions_are_masked_again_among_those_masked_before(task, everyw
         torch.arange(rows) % n + 1)[:, None]
     g, (piece,) = torch.Generator().manual_seed(1), TASKS[task].generates
     batch = {f"{piece}_tokens": torch.zeros(rows, n), "text_lengths": torch.full((rows,), n)}
-    again = remask(TASKS[task], batch, {piece: was},
-                   lambda purpose, *shape: torch.rand(rows, n, generator=g) if shape else r, cfg)[piece]
+    again = remask(task, batch, {piece: was}, lambda purpose, *shape: torch.rand(rows, n, generator=g) if shape else r,
+                   cfg)[piece]
     share = torch.cos(r * torch.pi / 2) if task == "t2i" else 1 - r
     assert torch.equal(again.sum(1), (share * was.sum(1) + 1e-9).floor().clamp(min=1).long())
     assert (again & ~was).any() == everywhere
@@ -306,7 +306,7 @@ def test_the_selector_selects_the_context_of_the_target(task, direction, whole, 
     image = torch.where(seq.is_masked, -1, seq.token_ids)[:, seq.slices["image"]].view(5, 2, 2)
     text = torch.where(seq.is_masked, -1, seq.token_ids - cfg.codebook_size)[:, seq.slices["text"]]
     for i in range(5):
-        selector = SPECIAL_TOKENS[int(seq.token_ids[i, seq.bog]) - whole.vocab.first_special]
+        selector = SPECIAL_TOKENS[int(seq.token_ids[i, seq.bog]) - whole.vocab.tokens["text"].stop]
         is_first, is_stacked = selector in ("LEFT", "TOP"), selector in ("TOP", "BOTTOM")
         assert is_stacked == (direction < 0.5 and task != "t2i")
         halves = image[i] if is_stacked else image[i].T
@@ -352,6 +352,6 @@ def test_swapping_the_two_contexts_and_the_selector_keeps_the_targets(task, whol
         mixed, masks, selector = mix(task, batch, lambda purpose, *shape: fixed.get(purpose, rng(purpose, *shape)), cfg)
         found.append({piece: [mixed[f"{piece}_tokens"][i][mask[i]].tolist() for i in range(5)]
                       for piece, mask in masks.items()})
-        names = {SPECIAL_TOKENS[i - whole.vocab.first_special] for i in selector.tolist()}
+        names = {SPECIAL_TOKENS[i - whole.vocab.tokens["text"].stop] for i in selector.tolist()}
         assert names <= ({"LEFT", "TOP"} if side < 0.5 else {"RIGHT", "BOTTOM"})
     assert found[0] == found[1]

@@ -29,7 +29,7 @@ t2i: BOT attends to everything
   10  MASK_IMG  image 2    + special 2
   11  MASK_IMG  image 3    + special 3"""
     assert sequence.picture("i2t", SMALL, {"text": TEXT}, torch.tensor([3])) == """\
-i2t: BOT attends to nothing behind it
+i2t: BOT attends to nothing after it
    0  BOC       special 0
    1  BOI       special 1
    2  x0        image 0
@@ -53,7 +53,7 @@ def test_every_position_is_laid_out_once(task, cfg, batch):
     for piece in ("image", "text"):
         assert torch.equal(seq.token_ids[:, seq.slices[piece]] - vocab.tokens[piece].start, batch[f"{piece}_tokens"])
     assert (seq.token_ids[:, seq.bog] == vocab.special("BOG")).all()
-    assert seq.bot is None if task == "t2i" else (seq.token_ids[:, seq.bot] == vocab.special("BOT")).all()
+    assert seq.length_row is None if task == "t2i" else (seq.token_ids[:, seq.length_row] == vocab.special("BOT")).all()
     assert torch.equal(seq.is_valid.sum(1), 4 + 4 + batch["text_lengths"])
     assert seq.position_ids.unique().numel() == seq.token_ids.shape[1] == 4 + 6 + 4
     assert vocab.num_tokens == cfg.codebook_size + cfg.text_vocab + 10 and vocab.num_positions == 2 * (4 + 6) + 4
@@ -68,6 +68,6 @@ def test_a_second_text_has_positions_of_its_own_and_trains_like_the_first(cfg, b
     seq = build("q2t", cfg, batch)
     assert seq.position_ids.unique().numel() == seq.token_ids.shape[1] == 6 + 6 + 4
     assert seq.position_ids.max() < Vocabulary(cfg).num_positions == 2 * (4 + 6) + 4 + (4 + 6)
-    assert seq.bot == seq.slices["text"].start - 1
+    assert seq.length_row == seq.slices["text"].start - 1
     loss, terms = objectives.losses(MAGVLT(cfg), "q2t", batch, rng)
     assert set(terms) == {"mask", "length", "unroll", "mixsel"} and loss.isfinite()

@@ -3,8 +3,8 @@
 Training reads one format, the token cache: image tokens and captions, both memory-mapped. Images are tokenised once,
 by the VQ-GAN. Captions are stored as text and tokenised in each batch, because BPE dropout differs each time.
 
-A large cache is made in parts: make_parts() shares them among processes and skips those that exist, write_part() turns
-one piece of a source into one file, and join_parts() makes all of them a cache.
+A large cache is made in parts: make_parts() turns each piece of a source into a file, unless the file exists, and
+join_parts() joins these files into one cache.
 
 All random choices depend on (seed, update, purpose), never on history: a run that resumes needs no saved state.
 Shapes: B batch, S image side in pixels, N image tokens, T text positions. Read on in train.py.
@@ -13,7 +13,7 @@ import contextlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -49,8 +49,7 @@ class TokenCache:
     A row of tokens.bin has N tokens of the image, then N/2 of the image squeezed tall, then N/2 of it squeezed wide.
     """
 
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
+    def __init__(self, folder: Path):
         try:
             self.meta = json.loads((folder / "meta.json").read_text())
             pairs, num_tokens = self.meta["pairs"], self.meta["image_tokens"]
@@ -81,27 +80,30 @@ class Rows(NamedTuple):
     sizes: np.ndarray   # int64 (B,): the bytes of each caption
 
 
-def tokenise(pairs: list[Pair], vqgan, clean: bool) -> Rows:
-    """The rows of B pairs. With `clean`, captions pass through clean_caption()."""
-    device = vqgan.quantize.embedding.weight.device
-
-    def encode(images: list[np.ndarray]) -> torch.Tensor:
-        once = {id(image): image for image in images}  # the captions and crops of a sample share arrays
-        tokens = vqgan.encode(to_pixels(np.stack([*once.values()])).to(device))
-        index = {key: i for i, key in enumerate(once)}
-        return tokens[[index[id(image)] for image in images]]
-    with torch.inference_mode():
-        tokens = torch.cat([encode([getattr(pair, name) for pair in pairs]) for name in ("image", "tall", "wide")], 1)
-    captions = [clean_caption(pair.caption) if clean else pair.caption for pair in pairs]
-    captions = [caption.encode("utf-8", errors="replace") for caption in captions]  # a lone surrogate has no UTF-8
-    return Rows(tokens.cpu().numpy().astype(np.uint16), np.frombuffer(b"".join(captions), np.uint8),
-                np.array([len(caption) for caption in captions], dtype=np.int64))
+@torch.inference_mode()
+def encode_images(images: list[np.ndarray], vqgan) -> torch.Tensor:
+    """The tokens (B, N) of B images. An array that occurs several times is encoded once."""
+    once = {id(image): image for image in images}  # the captions and crops of a sample share arrays
+    pixels = to_pixels(np.stack(list(once.values()))).to(vqgan.quantize.embedding.weight.device)
+    index = list(once).index
+    return vqgan.encode(pixels)[[index(id(image)) for image in images]].cpu()
 
 
-def write_cache(folder: str | Path, pairs: Iterable[Pair], vqgan, meta: dict, clean: bool = False) -> TokenCache:
+def tokenise(pairs: Iterable[Pair], vqgan, clean: bool) -> Iterator[Rows]:
+    """The rows of pairs, at most 64 at a time. With `clean`, captions pass through clean_caption()."""
+    pairs = iter(pairs)
+    while batch := list(islice(pairs, 64)):
+        _, squares, tall, wide, captions = zip(*batch)
+        tokens = torch.cat([encode_images(images, vqgan) for images in (squares, tall, wide)], dim=1)    # (B, 2N)
+        captions = [clean_caption(caption) if clean else caption for caption in captions]
+        captions = [caption.encode("utf-8", errors="replace") for caption in captions]  # a lone surrogate has no UTF-8
+        yield Rows(tokens.numpy().astype(np.uint16), np.frombuffer(b"".join(captions), np.uint8),
+                   np.array([len(caption) for caption in captions], dtype=np.int64))
+
+
+def write_cache(folder: Path, pairs: Iterable[Pair], vqgan, meta: dict, clean: bool = False) -> TokenCache:
     """Makes a TokenCache of pairs, whole or absent. `meta` is added to its meta.json; `clean` as in tokenise()."""
-    rows = (tokenise(batch, vqgan, clean) for batch in batched(pairs, 64))
-    return _write_rows(Path(folder), rows, {"clean_captions": clean, **meta})
+    return _write_rows(folder, tokenise(pairs, vqgan, clean), {"clean_captions": clean, **meta})
 
 
 def check_replaceable(folder: Path) -> None:
@@ -131,52 +133,50 @@ def _write_rows(folder: Path, many_rows: Iterable[Rows], meta: dict) -> TokenCac
 
 # ---------------------------------------------------------------------------------------------- a cache in parts
 
-def part_paths(folder: str | Path, pieces: list[Piece], settings: dict) -> list[Path]:
+def part_paths(folder: Path, pieces: list[Piece], settings: dict) -> list[Path]:
     """The file of each part, in FOLDER.parts. Its name is a hash of the settings and of the piece, with the times of
     change of its files: so a part that exists is the right one."""
-    parts = Path(folder).with_name(Path(folder).name + ".parts")
+    parts = folder.with_name(folder.name + ".parts")
     return [parts / f"{keyed_seed(piece.identity, sorted(settings.items())):016x}.npz" for piece in pieces]
 
 
-def make_parts(paths: list[Path], make: Callable[[int, Callable[[int], None]], None], share: tuple[int, int]) -> None:
-    """Makes the parts that do not exist, of share (k, n): every n-th part from the k-th on. make(i, progress) writes
-    paths[i], and passes to progress() how many more pairs are done."""
-    mine = range(share[0], len(paths), share[1])
-    missing = [i for i in mine if not paths[i].exists()]
+def make_parts(paths: list[Path], pieces: list[Piece], vqgan, settings: dict, share: tuple[int, int]) -> None:
+    """Makes the parts that do not exist, of share (k, n): every n-th part from the k-th on."""
+    mine = list(zip(paths, pieces))[share[0]::share[1]]
+    missing = [(path, piece) for path, piece in mine if not path.exists()]
     with tqdm(unit="pair", desc=f"{len(missing)} of {len(mine)} parts") as bar:
-        for done, i in enumerate(missing, 1):
-            make(i, bar.update)
+        for done, (path, piece) in enumerate(missing, 1):
+            write_part(path, piece, vqgan, settings, bar)
             bar.total = round(bar.n / done * len(missing))  # an estimate, for the time that is left
 
 
-def write_part(path: Path, piece: Piece, vqgan, settings: dict, progress: Callable[[int], None]) -> None:
+def write_part(path: Path, piece: Piece, vqgan, settings: dict, bar: tqdm) -> None:
     """Tokenises a piece into a file, whole or absent; settings has crops, seed and clean_captions."""
-    counts, none = Counter(), np.empty((0, 2 * vqgan.cfg.image_tokens), np.uint16)
-    many_rows = [Rows(none, np.empty(0, np.uint8), np.empty(0, np.int64))]
+    counts, no_tokens = Counter(), np.empty((0, 2 * vqgan.cfg.image_tokens), np.uint16)
+    many_rows = [Rows(no_tokens, np.empty(0, np.uint8), np.empty(0, np.int64))]  # for a piece without a good sample
     pairs = (pair for sample in usable(piece, counts)
              for pair in as_pairs(*sample, vqgan.cfg.image_size, settings["crops"], settings["seed"]))
-    for batch in batched(pairs, 64):
-        many_rows.append(tokenise(batch, vqgan, settings["clean_captions"]))
-        progress(len(batch))
-    rows = Rows(*(np.concatenate(column) for column in zip(*many_rows)))
+    for rows in tokenise(pairs, vqgan, settings["clean_captions"]):
+        many_rows.append(rows)
+        bar.update(len(rows.tokens))
+    rows = Rows(*map(np.concatenate, zip(*many_rows)))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_arrays(path, counts=np.array(json.dumps(counts)), **rows._asdict())
 
 
-def join_parts(folder: str | Path, source: str, paths: list[Path], settings: dict) -> TokenCache:
+def join_parts(folder: Path, source: str, paths: list[Path], settings: dict) -> TokenCache:
     """Makes the cache of a source from all its parts; meta["counts"] has the number of samples, good and by reason.
     Raises ValueError if more than 5% are bad."""
     counts = sum((Counter(json.loads(str(read_arrays(path, "counts")[0]))) for path in paths), Counter())
     check_bad_share(source, counts)
     many_rows = (Rows(*read_arrays(path, *Rows._fields)) for path in paths)
-    return _write_rows(Path(folder), many_rows, {"source": source, **settings, "counts": counts,
-                                                 "made_of": _made_of(paths)})
+    return _write_rows(folder, many_rows, {"source": source, **settings, "counts": counts, "made_of": _made_of(paths)})
 
 
-def is_made(folder: str | Path, paths: list[Path]) -> bool:
+def is_made(folder: Path, paths: list[Path]) -> bool:
     """Whether the cache exists and was joined from exactly these parts."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((Path(folder) / "meta.json").read_text()).get("made_of") == _made_of(paths)
+    with contextlib.suppress(ValueError):
+        return TokenCache(folder).meta.get("made_of") == _made_of(paths)
     return False
 
 
@@ -190,13 +190,6 @@ def remove_parts(paths: list[Path]) -> None:
 
 def _made_of(paths: list[Path]) -> str:
     return f"{keyed_seed([path.stem for path in paths]):016x}"
-
-
-def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items; the last one may be shorter."""
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch
 
 
 # ---------------------------------------------------------------------------------------------- batches

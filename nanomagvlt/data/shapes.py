@@ -17,10 +17,11 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, permutations, product
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -28,8 +29,8 @@ from PIL import Image
 # ---------------------------------------------------------------------------------------------- the world
 
 IMAGE, CELL = 32, 16  # pixels: the side of an image, and the side of one of its 2x2 cells
+SIDES = {"small": CELL // 2, "big": CELL}  # pixels: the side of an object
 CELLS = ("top left", "top right", "bottom left", "bottom right")  # a cell is an index into this tuple
-SPLITS = ("train", "val", "test")
 
 # Any two colours differ by more than 2 x THRESHOLD (root mean square over red, green and blue), and no equal blend of
 # two is close to a third. For the second reason gray is lighter than the middle.
@@ -39,8 +40,7 @@ RGB = {
 }
 
 
-@dataclass(frozen=True)
-class Level:
+class Level(NamedTuple):
     """The variety of scenes. probabilities[i] is the probability of a scene with i + 1 objects."""
     name: str
     grid: int  # image tokens per side: 4 means 4x4 tokens
@@ -61,15 +61,15 @@ LEVELS = {
 }
 # The biased levels test the bias of the paper's figure 4: a model may state the usual colour instead of the true one.
 USUAL = {"circle": "red", "square": "blue", "triangle": "green", "cross": "yellow"}
+LEVELS |= {f"{name}-biased": level._replace(name=f"{name}-biased", bias=0.9) for name, level in LEVELS.items()}
 
 
-@dataclass(frozen=True)
-class Thing:
-    """One object. `cell` is 0..3 (see CELLS); `size` is "big" at a level with one size."""
+class Thing(NamedTuple):
+    """One object of a scene, or what a caption states about one: there size and cell may be None."""
     shape: str
     colour: str
-    size: str
-    cell: int
+    size: str | None = None  # "big" at a level with one size
+    cell: int | None = None  # 0..3, see CELLS
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,15 @@ class Scene:
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.things, key=lambda thing: thing.cell))
-        if len({thing.cell for thing in ordered}) < len(ordered):
-            raise ValueError(f"two objects share a cell: {ordered}")
         object.__setattr__(self, "things", ordered)  # a frozen dataclass permits no plain assignment
 
 
-def get_level(level: str | Level) -> Level:
-    """The level of this name, or its biased variant ("tiny-biased"). Raises ValueError for an unknown name."""
-    if isinstance(level, Level):
-        return level
-    plain = level.removesuffix("-biased")
-    if plain not in LEVELS:
-        nearest = difflib.get_close_matches(level, LEVELS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown level {level!r}, did you mean {nearest!r}? Levels: {', '.join(LEVELS)}")
-    return LEVELS[plain] if plain == level else replace(LEVELS[plain], name=level, bias=0.9)
+def get_level(name: str) -> Level:
+    """The level of this name. Raises ValueError for an unknown name."""
+    if name not in LEVELS:
+        nearest = difflib.get_close_matches(name, LEVELS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown level {name!r}, did you mean {nearest!r}? Levels: {', '.join(LEVELS)}")
+    return LEVELS[name]
 
 
 def level_of(source: str) -> Level | None:
@@ -101,9 +96,8 @@ def level_of(source: str) -> Level | None:
     return get_level(source.removeprefix("shapes:")) if source.startswith("shapes:") else None
 
 
-def enumerate_scenes(level: str | Level) -> Iterator[Scene]:
+def enumerate_scenes(level: Level) -> Iterator[Scene]:
     """Every scene of a level, once: 96 at micro, 1,824 at tiny. (At full there are millions.)"""
-    level = get_level(level)
     looks = list(product(level.shapes, level.colours, level.sizes))
     for background, n in product(level.backgrounds, range(1, len(level.probabilities) + 1)):
         for cells, chosen in product(combinations(range(4), n), product(looks, repeat=n)):
@@ -117,11 +111,10 @@ def split_of(scene: Scene) -> str:
     return "val" if bucket == 8 else "test" if bucket == 9 else "train"
 
 
-def random_scene(level: str | Level, rng: Random, split: str | None = None) -> Scene:
-    """A random scene, of the given split or of any. Raises ValueError for an unknown level or split."""
-    level = get_level(level)
-    if split not in (None, *SPLITS):
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}, or None")
+def random_scene(level: Level, rng: Random, split: str | None = None) -> Scene:
+    """A random scene, of the given split or of any. Raises ValueError for an unknown split."""
+    if split not in ("train", "val", "test", None):  # no scene would ever be accepted
+        raise ValueError(f"unknown split {split!r}: choose train, val or test")
     while True:  # rejection sampling: about one scene in ten belongs to "val", as many to "test"
         n = rng.choices(range(1, len(level.probabilities) + 1), level.probabilities)[0]
         looks = [list(map(rng.choice, (level.shapes, level.colours, level.sizes))) for _ in range(n)]
@@ -135,12 +128,11 @@ def random_scene(level: str | Level, rng: Random, split: str | None = None) -> S
 
 # ---------------------------------------------------------------------------------------------- drawing
 
-def places(level: str | Level, size: str) -> list[tuple[int, int]]:
+def places(level: Level, size: str) -> list[tuple[int, int]]:
     """The places of an object in its cell: (y, x) of its corner in pixels, the central place first."""
-    side = CELL if size == "big" else CELL // 2
-    step = IMAGE // get_level(level).grid  # one token: then the tokens of a shape do not depend on its place
-    corners = range(0, CELL - side + 1, step)
-    return sorted(product(corners, corners), key=lambda place: sum(abs(v - (CELL - side) / 2) for v in place))
+    free = CELL - SIDES[size]
+    corners = range(0, free + 1, IMAGE // level.grid)  # a step of one token: a shape has the same tokens in each place
+    return sorted(product(corners, corners), key=lambda place: sum(abs(v - free / 2) for v in place))
 
 
 @lru_cache(maxsize=None)
@@ -162,14 +154,14 @@ def draw_cell(background: str, thing: Thing | None = None, place: tuple[int, int
     """One cell of an image, uint8 (16, 16, 3): empty, or with an object that has its corner at `place`."""
     canvas = np.full((CELL, CELL, 3), RGB[background], dtype=np.float64)
     if thing is not None:
-        side = CELL if thing.size == "big" else CELL // 2
+        side = SIDES[thing.size]
         alpha = coverage(thing.shape, side)[..., None]   # (side, side, 1)
         window = canvas[place[0]:place[0] + side, place[1]:place[1] + side]
         window += alpha * (np.array(RGB[thing.colour]) - window)
     return np.rint(canvas).astype(np.uint8)
 
 
-def draw_scene(scene: Scene, level: str | Level, rng: Random | None = None) -> np.ndarray:
+def draw_scene(scene: Scene, level: Level, rng: Random | None = None) -> np.ndarray:
     """An image of a scene, uint8 (32, 32, 3). The rng chooses the places of small objects; without it, the centre."""
     image = np.tile(draw_cell(scene.background), (2, 2, 1))  # (32, 32, 3)
     for thing in scene.things:
@@ -189,38 +181,33 @@ def draw_scene(scene: Scene, level: str | Level, rng: Random | None = None) -> n
 THRESHOLD = 0.14
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """The nearest scene, and whether the image matches it. A bad image may read as 0 or 4 objects."""
     scene: Scene
     is_clean: bool
 
 
 @lru_cache(maxsize=None)
-def templates(level: Level) -> tuple[list[tuple[str, str, str] | None], np.ndarray]:
-    """All contents of a cell: K looks (shape, colour, size; None if empty), and their pixels, float32 (G, K, 768)."""
-    drawn = [(Thing(*look, 0), place) for look in product(level.shapes, level.colours, level.sizes)
-             for place in places(level, look[2])]
-    looks = [None] + [(thing.shape, thing.colour, thing.size) for thing, _ in drawn]
-    cells = [[draw_cell(b), *(draw_cell(b, *each) for each in drawn)] for b in level.backgrounds]
-    return looks, np.array(cells, dtype=np.float32).reshape(len(level.backgrounds), len(looks), -1) / 255
+def templates(level: Level) -> tuple[list[Thing | None], np.ndarray]:
+    """The K possible contents of a cell (a thing, or None if it is empty) and their pixels, float32 (G, K, 768)."""
+    things = [Thing(*look) for look in product(level.shapes, level.colours, level.sizes)]
+    contents = [(None, (0, 0))] + [(thing, place) for thing in things for place in places(level, thing.size)]
+    cells = np.array([[draw_cell(b, *content) for content in contents] for b in level.backgrounds], dtype=np.float32)
+    return [thing for thing, _ in contents], cells.reshape(*cells.shape[:2], -1) / 255
 
 
-def tile_errors(difference: np.ndarray, level: str | Level) -> np.ndarray:
+def tile_errors(difference: np.ndarray, level: Level) -> np.ndarray:
     """The root mean square of each tile of cell differences: (..., 768) to (..., tiles in a cell)."""
-    side = IMAGE // get_level(level).grid // 2
+    side = IMAGE // level.grid // 2
     n, lead = CELL // side, difference.shape[:-1]
     tiles = np.square(difference).reshape(*lead, n, side, n, side, 3)
     return np.sqrt(tiles.mean((-4, -2, -1))).reshape(*lead, n * n)
 
 
-def read_images(images: np.ndarray, level: str | Level) -> list[Reading]:
-    """The readings of images (B, 32, 32, 3), uint8 or float in [0, 1]. Raises ValueError for another shape or type."""
-    level = get_level(level)
-    if images.shape[1:] != (IMAGE, IMAGE, 3) or images.dtype != np.uint8 and images.dtype.kind != "f":
-        raise ValueError(f"images must be (B, 32, 32, 3), uint8 or float in [0, 1], not {images.shape}, {images.dtype}")
-    looks, table = templates(level)                                                             # K, (G, K, 768)
-    pixels = images.astype(np.float32) / (255 if images.dtype == np.uint8 else 1)
+def read_images(images: np.ndarray, level: Level) -> list[Reading]:
+    """The readings of images, uint8 (B, 32, 32, 3)."""
+    contents, table = templates(level)                                                          # K, (G, K, 768)
+    pixels = images.astype(np.float32) / 255                                                    # (B, 32, 32, 3)
     cells = pixels.reshape(-1, 2, CELL, 2, CELL, 3).swapaxes(2, 3).reshape(-1, 4, 3 * CELL**2)  # (B, 4, 768)
     # |cell - template|^2 = |cell|^2 - 2 cell . template + |template|^2; the first term is the same for all templates.
     dots = cells.reshape(-1, table.shape[2]) @ table.reshape(-1, table.shape[2]).T              # (4B, G * K)
@@ -228,31 +215,24 @@ def read_images(images: np.ndarray, level: str | Level) -> list[Reading]:
     background = errors.min(-1).sum(1).argmin(-1)                                               # (B,): of all cells
     best = errors[np.arange(len(images)), :, background].argmin(-1)                             # (B, 4)
     worst = tile_errors(cells - table[background[:, None], best], level).max((1, 2))            # (B,)
-
-    readings = []
-    for b, chosen, error in zip(background, best, worst):
-        things = tuple(Thing(*looks[k], cell) for cell, k in enumerate(chosen) if looks[k] is not None)
-        readings.append(Reading(Scene(level.backgrounds[b], things), bool(error <= THRESHOLD)))
-    return readings
+    found = ([contents[k]._replace(cell=cell) for cell, k in enumerate(row) if contents[k]] for row in best)
+    return [Reading(Scene(level.backgrounds[b], tuple(things)), bool(error <= THRESHOLD))
+            for b, things, error in zip(background, found, worst)]
 
 
 # ---------------------------------------------------------------------------------------------- words
 
-RELATIONS = ("above", "below", "left of", "right of")
+RELATIONS = {  # of cell a to cell b; of two diagonal cells one is, for example, above and left of the other
+    "above": lambda a, b: a // 2 < b // 2, "below": lambda a, b: a // 2 > b // 2,
+    "left of": lambda a, b: a % 2 < b % 2, "right of": lambda a, b: a % 2 > b % 2,
+}
 FRAMES = ("{body}", "there is {body}", "{body} on a {background} background")
-
-
-def holds(relation: str, a: int, b: int) -> bool:
-    """Whether cell a is above (below, ...) cell b. Of two diagonal cells one is, for example, above and left of b."""
-    (row_a, column_a), (row_b, column_b) = divmod(a, 2), divmod(b, 2)
-    return {"above": row_a < row_b, "below": row_a > row_b,
-            "left of": column_a < column_b, "right of": column_a > column_b}[relation]
 
 
 def true_relations(things: Sequence[Thing]) -> list[str]:
     """The relations of the first thing to ALL others: "a above b and c" is true if a is above both."""
     first, *rest = things
-    return [r for r in RELATIONS if rest and all(holds(r, first.cell, other.cell) for other in rest)]
+    return [name for name, holds in RELATIONS.items() if rest and all(holds(first.cell, other.cell) for other in rest)]
 
 
 def _phrase(things: Sequence[Thing], background: str, sized: Sequence[bool], celled: Sequence[bool],
@@ -265,11 +245,11 @@ def _phrase(things: Sequence[Thing], background: str, sized: Sequence[bool], cel
     return frame.format(body=body, background=background)
 
 
-def captions(scene: Scene, level: str | Level) -> Iterator[str]:
+def captions(scene: Scene, level: Level) -> Iterator[str]:
     """Every caption that describe() can give of a scene, each once: over a thousand at level full."""
     all_choices = list(product((False, True), repeat=len(scene.things)))
     no_thing = all_choices[:1]
-    sizes = all_choices if len(get_level(level).sizes) > 1 else no_thing
+    sizes = all_choices if len(level.sizes) > 1 else no_thing
     yield from dict.fromkeys(  # without duplicates: two equal objects give each caption twice
         _phrase(things, scene.background, sized, celled, relation, frame)
         for things, sized, frame in product(permutations(scene.things), sizes, FRAMES)
@@ -277,39 +257,26 @@ def captions(scene: Scene, level: str | Level) -> Iterator[str]:
         for celled in (no_thing if relation else all_choices))  # a caption names cells or a relation, never both
 
 
-def describe(scene: Scene, level: str | Level, rng: Random) -> str:
-    """A true caption in random words, which names every object. Raises ValueError for a scene without objects."""
-    if not scene.things:
-        raise ValueError("cannot describe a scene without objects")
+def describe(scene: Scene, level: Level, rng: Random) -> str:
+    """A true caption in random words. It names every object; the scene must have at least one."""
     things = rng.sample(scene.things, len(scene.things))
     relations = true_relations(things)
     relation = rng.choice(relations) if relations and rng.random() < 0.4 else None
-    sized = [len(get_level(level).sizes) > 1 and rng.random() < 0.5 for _ in things]
+    sized = [len(level.sizes) > 1 and rng.random() < 0.5 for _ in things]
     celled = [relation is None and rng.random() < 0.5 for _ in things]
     return _phrase(things, scene.background, sized, celled, relation, rng.choice(FRAMES))
 
 
 # ---------------------------------------------------------------------------------------------- judging
 
-@dataclass(frozen=True)
-class Claim:
-    """The facts that a caption states about one object; None where it states nothing."""
-    shape: str
-    colour: str
-    size: str | None = None
-    cell: int | None = None
-
-
-@dataclass(frozen=True)
-class Claims:
-    """All facts that a caption states. A relation (i, "above", j) is between the i-th and the j-th thing named."""
-    things: tuple[Claim, ...]
-    relations: tuple[tuple[int, str, int], ...] = ()
+class Claims(NamedTuple):
+    """All facts that a caption states. The relation is that of the first object to each of the others."""
+    things: tuple[Thing, ...]
+    relation: str | None = None
     background: str | None = None
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """`right` of `total` facts are true; `exact` if all are, and every object of the scene is named."""
     exact: bool
     right: int
@@ -332,15 +299,13 @@ def parse(caption: str) -> Claims | None:
     ground = _GROUND.fullmatch(text)
     body, background = ground.groups() if ground else (text.removeprefix("there is "), None)
     link = _LINK.fullmatch(body)
-    first, relation, rest = link.groups() if link else ("", None, body)
-    parts = [first] * bool(link) + rest.split(" and ")
+    parts = [link[1], *link[3].split(" and ")] if link else body.split(" and ")
     items = [_ITEM.fullmatch(part) for part in parts]
-    if None in items or len(items) > len(_ALL.probabilities) or relation and any(item[4] for item in items):
+    if None in items or len(items) > len(_ALL.probabilities) or link and any(item[4] for item in items):
         return None  # the last: a caption names cells or a relation, never both
-    things = tuple(Claim(shape, colour, size, CELLS.index(cell) if cell else None)
+    things = tuple(Thing(shape, colour, size, CELLS.index(cell) if cell else None)
                    for size, colour, shape, cell in (item.groups() for item in items))
-    relations = tuple((0, relation, j) for j in range(1, len(items))) if relation else ()
-    return Claims(things, relations, background)
+    return Claims(things, link[2] if link else None, background)
 
 
 def judge(claims: Claims | None, scene: Scene) -> Verdict:
@@ -354,7 +319,7 @@ def judge(claims: Claims | None, scene: Scene) -> Verdict:
         return Verdict(False, 0, 3 * len(scene.things))
     n, things = len(claims.things), scene.things
     total = sum(3 + (c.size is not None) + (c.cell is not None) for c in claims.things)
-    total += len(claims.relations) + (claims.background is not None) + max(0, len(things) - n)
+    total += (n - 1) * (claims.relation is not None) + (claims.background is not None) + max(0, len(things) - n)
     best = 0
     for chosen in permutations((*things, *[None] * (n - len(things))), n):  # None: the claimed object does not exist
         right = int(claims.background == scene.background)
@@ -362,28 +327,23 @@ def judge(claims: Claims | None, scene: Scene) -> Verdict:
             if thing is not None:
                 right += 1 + (claim.colour == thing.colour) + (claim.shape == thing.shape)
                 right += (claim.size == thing.size) + (claim.cell == thing.cell)  # an unclaimed None equals neither
-        for i, relation, j in claims.relations:
-            a, b = chosen[i], chosen[j]
-            right += a is not None and b is not None and holds(relation, a.cell, b.cell)
+        first, *others = chosen
+        right += sum(RELATIONS[claims.relation](first.cell, other.cell) for other in others
+                     if claims.relation and None not in (first, other))
         best = max(best, right)
     return Verdict(best == total, best, total)
 
 
-# ---------------------------------------------------------------------------------------------- an example
-
 def main(paths: list[str]) -> None:
-    """Prints a caption of each level and its verdicts; draws eight scenes of each level into the given file, if any."""
-    rng, rows = Random(0), []
-    for level in LEVELS:
-        scenes = [random_scene(level, rng) for _ in range(8)]
-        images = np.stack([draw_scene(scene, level, rng) for scene in scenes])  # (8, 32, 32, 3)
-        rows.append(np.hstack(images))                                          # (32, 256, 3)
-        caption, reading = describe(scenes[0], level, rng), read_images(images, level)[0]
-        print(f"{level}: {caption}  [{split_of(scenes[0])}]")
-        print(f"  of its own image: {judge(parse(caption), reading.scene)}, clean: {reading.is_clean}")
-        print(f"  of another scene: {judge(parse(caption), scenes[1])}")
+    """Prints a caption of each level and its verdict; draws the scenes into the given file, if any."""
+    rng, images = Random(0), []
+    for level in LEVELS.values():
+        scene = random_scene(level, rng)
+        images.append(draw_scene(scene, level, rng))
+        caption, [reading] = describe(scene, level, rng), read_images(images[-1][None], level)
+        print(f"{level.name}: {caption}\n  {judge(parse(caption), reading.scene)}, clean: {reading.is_clean}")
     for path in paths:
-        Image.fromarray(np.vstack(rows)).resize((1024, 384), Image.Resampling.NEAREST).save(path)
+        Image.fromarray(np.hstack(images)).resize((1152, 192), Image.Resampling.NEAREST).save(path)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -61,16 +62,14 @@ File = tuple[str, str, Path | bytes | BadSample]  # group, suffix, and the conte
 Sample = tuple[str, list[str], Image.Image]       # key, captions, image
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A share of a source: load() turns each of items() into a sample, or raises BadSample."""
     identity: tuple  # names, sizes and times of change of the files: it changes if the content does
     items: Callable[[], Iterable]
     load: Callable[..., Sample]
 
 
-@dataclass
-class Pair:
+class Pair(NamedTuple):
     """An image and a caption. MixSel joins two images that are squeezed to half the width or half the height."""
     key: str
     image: np.ndarray  # uint8 (S, S, 3)
@@ -79,8 +78,7 @@ class Pair:
     caption: str
 
 
-@dataclass(frozen=True)
-class CaptionedImage:
+class CaptionedImage(NamedTuple):
     """An image in a caption file. `file` is a path in the folder of images; `domain` is NoCaps' own, else ""."""
     id: int | str
     file: str
@@ -164,8 +162,8 @@ def as_pairs(key: str, captions: list[str], image: Image.Image, side: int, crops
     """A pair for each caption of each view of an image: its centre, or `crops` random crops by seed and key."""
     half = side // 2
     tall, wide = (np.asarray(image.resize(size, Image.Resampling.LANCZOS)) for size in ((half, side), (side, half)))
-    rngs = (random.Random(keyed_seed(seed, "crop", key, i)) for i in range(crops))
-    for view in [random_crop(image, side, rng) for rng in rngs] or [square(image, side)]:
+    views = [random_crop(image, side, random.Random(keyed_seed(seed, "crop", key, i))) for i in range(crops)]
+    for view in views or [square(image, side)]:
         for caption in captions:
             yield Pair(key, view, tall, wide, caption)
 
@@ -197,7 +195,7 @@ def pieces_of(source: str, image_size: int = 0, num_shapes: int = 0, split: str 
         elif os.path.isdir(part) and not glob.glob(f"{glob.escape(part)}/*.tar"):
             pieces += _folder_pieces(part)
         else:
-            pieces += [Piece(_stamp(shard), lambda shard=shard: _groups(_tar_files(shard)), _load)
+            pieces += [Piece(_stamp(shard), lambda shard=shard: groupby(_tar_files(shard), itemgetter(0)), _load)
                        for shard in _shards(part)]
     return pieces
 
@@ -225,8 +223,9 @@ def _folder_pieces(folder: str) -> list[Piece]:
     """The pieces of a folder and its subfolders. A group is a path without its suffix, which begins at the last dot."""
     paths = (path for path in Path(folder).rglob("*")
              if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    groups = list(_groups(sorted((str(path.with_suffix("")), path.suffix[1:].lower(), path) for path in paths)))
-    return [Piece(tuple(_stamp(path) for group in share for _, _, path in group), partial(iter, share), _load)
+    files = sorted((str(path.with_suffix("")), path.suffix[1:].lower(), path) for path in paths)
+    groups = [(name, list(group)) for name, group in groupby(files, itemgetter(0))]
+    return [Piece(tuple(_stamp(path) for _, group in share for _, _, path in group), partial(iter, share), _load)
             for share in (groups[i:i + PIECE] for i in range(0, len(groups), PIECE))]
 
 
@@ -279,12 +278,13 @@ def _shards(pattern: str) -> list[str]:
     """The files of a path, a folder, or a pattern with * ? or {first..last}. Raises ValueError if one is absent."""
     if os.path.isdir(pattern):
         return sorted(glob.glob(f"{glob.escape(pattern)}/*.tar"))
-    if (numbers := re.search(r"\{(\d+)\.\.(\d+)\}", pattern)) and not os.path.exists(pattern):
-        first, last = numbers.groups()
-        return [shard for i in range(int(first), int(last) + 1) for shard in
-                _shards(f"{pattern[:numbers.start()]}{i:0{len(first)}d}{pattern[numbers.end():]}")]
-    shards = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-    if not shards:
+    if os.path.exists(pattern):
+        return [pattern]
+    if numbers := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        (first, last), (start, end) = numbers.groups(), numbers.span()
+        return [shard for i in range(int(first), int(last) + 1)
+                for shard in _shards(f"{pattern[:start]}{i:0{len(first)}d}{pattern[end:]}")]
+    if not (shards := sorted(glob.glob(pattern))):
         raise ValueError(f"{pattern}: no such folder or tar file (a pattern of shards needs quotes, as 'path/*.tar')")
     return shards
 
@@ -318,15 +318,11 @@ def _tar_files(shard: str) -> Iterator[File]:
             yield shard, "txt", damage
 
 
-def _groups(files: Iterable[File]) -> Iterator[list[File]]:
-    """The files of each sample: neighbours of one group."""
-    return (list(group) for _, group in groupby(files, key=lambda file: file[0]))
-
-
-def _load(group: list[File]) -> Sample:
+def _load(group: tuple[str, Iterable[File]]) -> Sample:
     """The sample of a group: the captions of the .txt, or else of the .json, and the first image of the other files."""
-    contents = {re.sub(r".*\.(txt|json)$", r"\1", suffix): content for _, suffix, content in group}
-    if len(contents) < len(group):
+    name, files = group[0], list(group[1])
+    contents = {re.sub(r".*\.(txt|json)$", r"\1", suffix): content for _, suffix, content in files}
+    if len(contents) < len(files):
         raise BadSample("two files of one name")
     text, about = contents.pop("txt", b""), contents.pop("json", b"")
     captions = _as_captions(_read(text).decode("utf-8", errors="replace"))
@@ -338,7 +334,7 @@ def _load(group: list[File]) -> Sample:
         raise BadSample("no caption")
     for content in contents.values():
         with contextlib.suppress(NotAnImage):  # such as .cls or .npy
-            return group[0][0].rpartition("/")[2], captions, open_image(_read(content))
+            return name.rpartition("/")[2], captions, open_image(_read(content))
     raise BadSample("not an image" if contents else "no image")
 
 

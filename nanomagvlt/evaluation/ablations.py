@@ -19,7 +19,7 @@ from statistics import mean, median, stdev
 
 import torch
 
-from nanomagvlt.io import whole
+from nanomagvlt.io import write_json
 
 COMMON = {"preset": "tiny", "text_length": 44}  # MixSel joins two captions, which need more positions than tiny has
 FULL = {"unroll_mask": True, "mixsel": "select"}
@@ -158,8 +158,7 @@ def read_pool(pool: Path) -> dict[str, dict[int, dict]]:
         parts = {name: json.loads(file.read_text()) for name in ("config", "scenes", "edit", "bias")
                  if (file := path.with_name(f"{name}.json")).exists()}
         log = [json.loads(line) for line in path.with_name("log.jsonl").read_text().splitlines() if '"val_' in line]
-        with whole(pool / f"{path.parent.name}.json") as file:
-            file.write(json.dumps(parts | {"log": log}).encode())
+        write_json(pool / f"{path.parent.name}.json", parts | {"log": log})
     runs = {variant: {} for variant in VARIANTS}
     for variant, by_seed in runs.items():
         for path in sorted(pool.glob(f"{variant}-[0-9]*.json"), key=lambda path: (len(path.name), path.name)):
@@ -199,7 +198,7 @@ def verdict(measure: str, variant: str, first: str, runs: dict[str, dict[int, di
 
 
 def tables(pool: Path) -> str:
-    """All comparisons with at least two measured variants, the validation curves, and the cost of an update."""
+    """All comparisons with at least two measured variants; the cost of an update, and the last validation losses."""
     runs, lines = read_pool(pool), [
         "Exact accuracies on the same unseen scenes. +- is half a 95% interval of a difference, paired by seed; it",
         "covers other seeds, not other scenes. Of twenty claims about an order, expect one to be chance."]
@@ -213,23 +212,12 @@ def tables(pool: Path) -> str:
             ours = [run[measure]["value"] for run in runs[name].values() if measure in run]
             lines.append(f"{name:22}{' '.join(f'{x:.3f}' for x in ours):36}{mean(ours):<8.3f}{values.get(name, '-'):<8}"
                          + ("" if name == rows[0] else verdict(measure, name, rows[0], runs)))
-    lines += curves(runs, "t2i") + curves(runs, "i2t") + ["", "Updates, and CPU milliseconds of one (-: not recorded)"]
+    lines += ["", "Means over seeds (-: not recorded); ARGVLT's losses and those of biased worlds cannot be compared",
+              f"{'':22}{'updates':10}{'CPU ms of one':16}{'T2I loss':10}I2T loss"]
     for variant, by_seed in runs.items():
-        for updates in {run["config"]["steps"] for run in by_seed.values()}:
-            spent = [1000 * run["log"][-1]["cpu_seconds"] / updates for run in by_seed.values()
-                     if "cpu_seconds" in run["log"][-1]]
-            lines.append(f"{variant:22}{updates:<8}{f'{mean(spent):.1f}' if spent else '-'}")
+        if last := [run["log"][-1] for run in by_seed.values()]:
+            milliseconds = [1000 * line["cpu_seconds"] / line["step"] for line in last if "cpu_seconds" in line]
+            losses = [[line[name] for line in last if name in line] for name in ("val_t2i", "val_i2t")]
+            cells = [f"{mean(values):.3f}" if values else "-" for values in (milliseconds, *losses)]
+            lines.append(f"{variant:22}{last[0]['step']:<10}{cells[0]:16}{cells[1]:10}{cells[2]}")
     return "\n".join(line.rstrip() for line in lines)
-
-
-def curves(runs: dict[str, dict[int, dict]], task: str) -> list[str]:
-    """Validation loss per masked token at each tenth of the updates, the mean over seeds. ARGVLT and biased worlds are
-    left out: their losses are not comparable."""
-    name, tenths = f"val_{task}", "".join(f"{f'{share}0%':7}" for share in range(1, 11))
-    lines = ["", f"Validation loss, {task}, by the share of the updates", f"{'':22}{tenths}"]
-    for variant, by_seed in runs.items():
-        logs = [[line[name] for line in run["log"] if name in line] for run in by_seed.values()]
-        logs = [losses for losses in logs if len(losses) >= 10]
-        if logs and not {"model", "data"} & VARIANTS[variant].keys():
-            lines.append(f"{variant:22}" + "".join(f"{mean(tenth):<7.3f}" for tenth in list(zip(*logs))[:10]))
-    return lines

@@ -9,17 +9,15 @@ Papers publish the numbers of the package pycocoevalcap. So every detail here is
 The words are those of the Penn Treebank ("don't" is two words). pycocoevalcap uses Stanford's Java tokenizer for
 them; tokenize() gives the same words for COCO's captions, but not for every web address or emoticon.
 """
-import importlib
 import importlib.util
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Hashable
-from pathlib import Path
+from collections.abc import Hashable
 
 import regex
 
-from nanomagvlt.io import first_line, write_json
+from nanomagvlt.io import first_line
 
 # ---- words --------------------------------------------------------------------------------------------------
 
@@ -51,7 +49,7 @@ def count_ngrams(words: list[str]) -> list[Counter]:
     return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, 5)]
 
 
-# ---- scores: candidates are lists of words, references lists of such lists ----------------------------------
+# ---- scores: a candidate is a list of words; its references are a list of such lists ------------------------
 
 def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> list[float]:
     """BLEU-1 to BLEU-4 of all candidates together: counts are summed over the candidates, then divided."""
@@ -120,30 +118,16 @@ def cider(candidates: list[list[str]], references: list[list[list[str]]], sigma:
     return scores
 
 
-def score_captions(results: dict[Hashable, str], references: dict[Hashable, list[str]],
-                   tokenizer: Callable[[str], list[str]] = tokenize) -> dict[str, float]:
+def score_captions(results: dict[Hashable, str], references: dict[Hashable, list[str]]) -> dict[str, float]:
     """Bleu_1 to Bleu_4, ROUGE_L and CIDEr, with pycocoevalcap's names, of {image id: caption}.
 
-    Use tokenizer=str.split for text that is already tokenized. Raises ValueError, one line, unless results and
-    references have the same images, at least one, and every reference has words.
+    The references, {image id: captions}, are of the same images, at least one, and each has at least one word.
     """
-    if not results:
-        raise ValueError("there are no captions to score")
-    words = {image: [tokenizer(text) for text in texts] for image, texts in references.items()}
-    for image in results | references:
-        if image not in results or not words.get(image) or not all(words[image]):
-            raise ValueError(f"image {image!r} must have a caption, and references with at least one word each")
-    candidates, refs = [tokenizer(text) for text in results.values()], [words[image] for image in results]
+    candidates = [tokenize(text) for text in results.values()]
+    refs = [[tokenize(text) for text in references[image]] for image in results]
     rouges = [rouge_l(*pair) for pair in zip(candidates, refs)]
     return {**{f"Bleu_{n}": value for n, value in enumerate(bleu(candidates, refs), 1)},
             "ROUGE_L": sum(rouges) / len(rouges), "CIDEr": sum(cider(candidates, refs)) / len(candidates)}
-
-
-# ---- files, and the metrics that are Java programs ----------------------------------------------------------
-
-def write_results_json(path: str | Path, results: dict[Hashable, str]) -> None:
-    """Writes captions in COCO's results format, which the evaluation server and pycocoevalcap read."""
-    write_json(Path(path), [{"image_id": image, "caption": text} for image, text in results.items()])
 
 
 def java_metrics(results: dict[Hashable, str], references: dict[Hashable, list[str]]) -> tuple[dict[str, float], str]:

@@ -27,13 +27,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Generator
 from tqdm import tqdm
 
 import nanomagvlt
-from nanomagvlt.config import DECODING, Config
+from nanomagvlt.config import DECODING, Config, as_json
 from nanomagvlt.data.cache import encode_captions
 from nanomagvlt.data.sources import BadSample, CaptionedImage, open_image, read_caption_file, square
-from nanomagvlt.evaluation.captions import java_metrics, score_captions, tokenize, write_results_json
+from nanomagvlt.evaluation.captions import java_metrics, score_captions, tokenize
 from nanomagvlt.evaluation.fid import (Inception, clip_score, frechet_distance, inception_features, inception_score,
                                        load_inception)
 from nanomagvlt.io import read_arrays, write_arrays, write_json
@@ -44,6 +45,8 @@ from nanomagvlt.sampling.pipeline import Pipeline, load_pipeline
 from nanomagvlt.tokenizers.bpe import clean_caption
 from nanomagvlt.training import checkpoint, distributed, pretrained
 from nanomagvlt.training.cli import Parser, given_settings, positive
+
+Columns = dict[str, np.ndarray]  # arrays by name, with one row for each item
 
 
 @dataclass(frozen=True)
@@ -85,23 +88,20 @@ PROTOCOLS = {
 
 # ---------------------------------------------------------------------------------------------- images and captions
 
-def read_photos(captions: Path, folder: Path, split: str | None = None) -> tuple[list[CaptionedImage], str]:
-    """The images of a caption file, which lie in `folder`, and the split ("" for a file without splits).
+def read_photos(captions: Path, folder: Path, need_words: bool) -> tuple[list[CaptionedImage], str]:
+    """The images of a caption file, which lie in `folder`, and their split: "test" for Karpathy's file, else "".
 
-    Raises ValueError for a split that the file does not have, an image without a caption and an image without a file.
+    Raises ValueError if there is no image, or if an image has no file, no caption or, with need_words, no words.
     """
-    photos, has_splits = read_caption_file(captions, split)
-    if split and not has_splits:
-        raise ValueError(f"--split {split}: {captions} has no splits; only Karpathy's file has them")
-    split = (split or "test") if has_splits else ""
+    photos, has_splits = read_caption_file(captions, split=None)
     if not photos:
-        raise ValueError(f"{captions}: has no images" + (f" of split {split!r}" if split else ""))
+        raise ValueError(f"{captions}: has no images{' of the test split' if has_splits else ''}")
     for photo in photos:
-        if not photo.captions:
-            raise ValueError(f"{captions}: image {photo.id!r} has no caption")
+        if not photo.captions or need_words and not all(map(tokenize, photo.captions)):
+            raise ValueError(f"{captions}: image {photo.id!r} has no caption, or one without words")
         if ".." in Path(photo.file).parts or Path(photo.file).is_absolute() or not (folder / photo.file).is_file():
             raise ValueError(f"{folder} has no file {photo.file}, image {photo.id!r} of {captions}")
-    return photos, split
+    return photos, "test" if has_splits else ""
 
 
 def choose_items(photos: list[CaptionedImage], num: int | None, all_captions: bool) -> list[tuple[CaptionedImage, str]]:
@@ -123,11 +123,8 @@ def chunks(folder: Path, kind: str, count: int) -> dict[Path, range]:
     return {folder / f"{kind}-{i // CHUNK:05d}.npz": range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)}
 
 
-def fill(files: dict[Path, range], compute: Callable[[range], dict[str, np.ndarray]], part: tuple[int, int]) -> None:
-    """Writes the missing files of part (k, n), which is every n-th file from the k-th on, k from 0.
-
-    compute(numbers) returns an array under each name, with one row for each item.
-    """
+def fill(files: dict[Path, range], compute: Callable[[range], Columns], part: tuple[int, int]) -> None:
+    """Writes the missing files of part (k, n), which is every n-th file from the k-th on, k from 0."""
     missing = [path for path in list(files)[part[0]::part[1]] if not path.exists()]
     for path in tqdm(missing, unit="file", disable=not missing):
         write_arrays(path, **compute(files[path]))
@@ -139,27 +136,18 @@ def column(files: dict[Path, range], name: str) -> np.ndarray:
 
 
 def claim(folder: Path, settings: dict) -> None:
-    """Begins a folder, or continues in it. Its settings.json has everything that the results depend on.
-
-    A field of Config that is not in settings.json is newer than the folder: it had its default then. Raises ValueError
-    for a folder that was begun with other settings, or has other content.
-    """
-    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    """Begins a folder, or continues in it. Raises ValueError for one with other settings or other content."""
+    path = folder / "settings.json"
     if not path.is_file():
         if folder.exists() and any(not file.name.startswith(path.name) for file in folder.iterdir()):
             raise ValueError(f"{folder} exists and has other content: give another --out")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
-    begun_with = json.loads(json.dumps(decoding_settings(Config()))) | json.loads(path.read_text())
+    begun_with = as_json(Config()) | json.loads(path.read_text())  # a setting newer than the folder had its default
     for name, value in settings.items():
         if begun_with.get(name) != value:
             raise ValueError(f"{folder} was begun with {name} {begun_with.get(name)}, not {value}: give the same, or "
                              "another --out")
-
-
-def decoding_settings(cfg: Config) -> dict:
-    """The fields of Config that change what a trained model generates here."""
-    return {name: getattr(cfg, name) for name in (*DECODING, "clean_captions")}
 
 
 # ---------------------------------------------------------------------------------------------- the measurement
@@ -169,121 +157,109 @@ class Measurement:
 
     def __init__(self, args: Namespace, pipeline: Pipeline, judge: Judge | None, inception: Inception | None):
         """The measurement that the flags describe. Writes nothing. Raises ValueError if something is missing."""
-        self.name, self.seed, self.protocol = args.protocol, args.seed, PROTOCOLS[args.protocol]
-        self.folder, self.out = args.images, args.out
-        self.pipeline, self.judge, self.inception = pipeline, judge, inception
+        self.args, self.pipeline, self.judge, self.inception = args, pipeline, judge, inception
+        self.protocol = PROTOCOLS[args.protocol]
+        self.clean = clean_caption if pipeline.cfg.clean_captions else str             # as in training
+        self.blurs = self.protocol.blurs if inception else ()
         self.candidates = args.candidates or (self.protocol.candidates if judge else 1)
         if self.candidates > 1 and not judge:
             raise ValueError(f"--candidates {self.candidates}: CLIP chooses one, so give --clip ViT-B-32.pt, or 1")
-        self.photos, split = read_photos(args.captions, args.images, args.split)
+        self.photos, self.split = read_photos(args.captions, args.images, need_words=self.protocol.generates == "text")
         self.items = choose_items(self.photos, args.num or self.protocol.num, self.protocol.num is not None)
-        for photo in self.photos:
-            if self.protocol.generates == "text" and not all(map(tokenize, photo.captions)):
-                raise ValueError(f"{args.captions}: image {photo.id!r} has a caption without words")
-        if inception and not self.protocol.blurs:
-            raise ValueError(f"--inception measures drawings, and {self.name} makes none: leave it out")
+        if inception and self.protocol.generates == "text":
+            raise ValueError(f"--inception measures drawings, and {args.protocol} makes none: leave it out")
         if inception and min(len(self.items), len(self.photos)) <= inception.fc.in_features:
             raise ValueError(f"{len(self.items):,} drawings and {len(self.photos):,} images are too few for FID, which "
                              f"needs more than {inception.fc.in_features:,} of each: leave --inception out")
-        self.blurs = self.protocol.blurs if inception else ()
-        self.subject = (f"{len(self.items):,} {'captions' if self.protocol.num else 'images'} of {args.captions.name}"
-                        f"{split and f', {split}'} ({len(self.photos):,} images)")
-        files = [(str(photo.file), (self.folder / photo.file).stat().st_size) for photo in self.photos]
+        files = [(photo.file, (args.images / photo.file).stat().st_size) for photo in self.photos]
         inputs = args.captions.read_bytes() + repr(files).encode() + pipeline.bpe.to_text().encode()
         self.settings = {
-            "protocol": self.name, "split": split, "num": len(self.items), "candidates": self.candidates,
-            "seed": self.seed, "captions, images and merges": hashlib.sha256(inputs).hexdigest()[:16],
+            "protocol": args.protocol, "num": len(self.items), "candidates": self.candidates, "seed": args.seed,
+            "captions, images and merges": hashlib.sha256(inputs).hexdigest()[:16],
             "weights": checkpoint.weight_hash(torch.nn.ModuleList([pipeline.model, pipeline.vqgan])),
             "clip": judge and checkpoint.weight_hash(judge.model),
             "inception": inception and checkpoint.weight_hash(inception),
-            "nanomagvlt": nanomagvlt.__version__, "chunk": CHUNK, **decoding_settings(pipeline.cfg)}
-        self.real = chunks(self.out, "real", len(self.photos))
-        self.generated = chunks(self.out, "generated", len(self.items))
+            "nanomagvlt": nanomagvlt.__version__,
+            **{name: value for name, value in as_json(pipeline.cfg).items()
+               if name in (*DECODING, "length_positions")}}
+        self.real = chunks(args.out, "real", len(self.photos))
+        self.generated = chunks(args.out, "generated", len(self.items))
 
-    def work(self, part: tuple[int, int] | None) -> None:
-        """Computes what is missing of a part or of all: Inception's features of the images, and generated items."""
-        if not part:  # then no other process writes here: a kill left these files
-            for half in self.out.glob("*.tmp"):
-                half.unlink(missing_ok=True)
+    def work(self, part: tuple[int, int]) -> None:
+        """Computes what is missing of a part: Inception's features of the images, and the generated items."""
         if self.blurs:
-            fill(self.real, lambda numbers: self.features(self.read([self.photos[i] for i in numbers])), part or (0, 1))
-        fill(self.generated, self.generate, part or (0, 1))
+            fill(self.real, lambda numbers: self.features(self.read([self.photos[i] for i in numbers])), part)
+        fill(self.generated, self.generate, part)
 
     def read(self, photos: list[CaptionedImage]) -> np.ndarray:
         """uint8 (B, S, S, 3): shorter side resized to S, centre cropped. Raises ValueError for a broken image."""
         squares = []
-        for path in (self.folder / photo.file for photo in photos):
+        for path in (self.args.images / photo.file for photo in photos):
             try:
                 squares.append(square(open_image(path.read_bytes()), self.pipeline.cfg.image_size))
             except BadSample as reason:
                 raise ValueError(f"{path}: {reason}") from None
         return np.stack(squares)
 
-    def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def features(self, images: np.ndarray) -> Columns:
         """Inception's features of images (B, S, S, 3), blurred by each k."""
         return {f"inception-{k}": inception_features(self.inception, images, k).numpy() for k in self.blurs}
 
-    def generate(self, numbers: range) -> dict[str, np.ndarray]:
+    def generate(self, numbers: range) -> Columns:
         """Tokens or captions of these items, with Inception's and CLIP's features."""
-        size = max(1, self.pipeline.batch_size // self.candidates)
-        batch = self.draw if self.protocol.generates == "image" else self.write
-        parts = [batch(numbers[i:i + size]) for i in range(0, len(numbers), size)]
+        size, parts = max(1, self.pipeline.batch_size // self.candidates), []
+        for batch in (numbers[i:i + size] for i in range(0, len(numbers), size)):
+            photos, captions = map(list, zip(*(self.items[i] for i in batch)))
+            generators = (keyed_generator(self.args.seed, self.args.protocol, i, c)
+                          for i, c in product(batch, range(self.candidates)))
+            draw_or_write = self.draw if self.protocol.generates == "image" else self.write
+            parts.append(draw_or_write(photos, captions, generators))
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         features = self.features(columns.pop("images", None))                  # no images of captions, and no blurs
         return columns | features
 
-    def draw(self, numbers: range) -> dict[str, np.ndarray]:
+    def draw(self, photos: list[CaptionedImage], captions: list[str], generators: Iterator[Generator]) -> Columns:
         """The best of C drawings of each caption: of the whole image, or of its centre."""
-        cfg, known = self.pipeline.cfg, ()
-        photos, captions = zip(*(self.items[i] for i in numbers))
+        pipeline, known = self.pipeline, ()
         if self.protocol.partial:
             originals = self.read(photos)                                                               # (B, S, S, 3)
-            tokens = self.pipeline.image_to_tokens(originals).repeat_interleave(self.candidates, 0)     # (B C, N)
-            known = tokens, edit.centre_positions(cfg.grid).expand(len(tokens), -1)
-        prompts = [text for text in self.texts(captions) for _ in range(self.candidates)]
-        tokens, _ = self.pipeline.draw_tokens(prompts, self.generators(numbers), *known)                # (B C, N)
-        images = self.pipeline.tokens_to_image(tokens)                                                  # (B C, S, S, 3)
+            tokens = pipeline.image_to_tokens(originals).repeat_interleave(self.candidates, 0)          # (B C, N)
+            known = tokens, edit.centre_positions(pipeline.cfg.grid).expand(len(tokens), -1)
+        prompts = [self.clean(text) for text in captions for _ in range(self.candidates)]
+        tokens, _ = pipeline.draw_tokens(prompts, generators, *known)                                   # (B C, N)
+        images = pipeline.tokens_to_image(tokens)                                                       # (B C, S, S, 3)
         if known:
             images = edit.blend(originals.repeat(self.candidates, 0), images, known[1])
-        best, features = self.choose(images, captions)
-        return {"tokens": tokens.cpu().numpy()[best], "images": images[best], **features}
+        return self.choose(images, captions, {"tokens": tokens.cpu().numpy(), "images": images})
 
-    def write(self, numbers: range) -> dict[str, np.ndarray]:
+    def write(self, photos: list[CaptionedImage], captions: list[str], generators: Iterator[Generator]) -> Columns:
         """The best of C captions of each image: the whole caption, or the middle of a given one."""
-        cfg, known = self.pipeline.cfg, ()
-        photos, given = zip(*(self.items[i] for i in numbers))
+        pipeline, known = self.pipeline, ()
         images = self.read(photos)                                                                      # (B, S, S, 3)
-        image_tokens = self.pipeline.image_to_tokens(images).repeat_interleave(self.candidates, 0)      # (B C, N)
+        image_tokens = pipeline.image_to_tokens(images).repeat_interleave(self.candidates, 0)           # (B C, N)
         if self.protocol.partial:
-            text_tokens, lengths = encode_captions(self.pipeline.bpe, self.texts(given), cfg.text_length)
-            to_fill = edit.centre_words(lengths, cfg.text_length)                                       # (B, T)
+            words = list(map(self.clean, captions))
+            text_tokens, lengths = encode_captions(pipeline.bpe, words, pipeline.cfg.text_length)
+            to_fill = edit.centre_words(lengths, pipeline.cfg.text_length)                              # (B, T)
             known = [x.repeat_interleave(self.candidates, 0) for x in (text_tokens, lengths, to_fill)]
-        text_tokens, lengths, _ = self.pipeline.write_tokens(image_tokens, self.generators(numbers), *known)
-        captions = self.pipeline.read_texts(text_tokens, lengths, cut=not known)                        # B C strings
-        best, features = self.choose(images, captions)
-        return {"captions": np.array(captions)[best], **features}
+        text_tokens, lengths, _ = pipeline.write_tokens(image_tokens, generators, *known)
+        written = pipeline.read_texts(text_tokens, lengths, cut=not known)                              # B C strings
+        return self.choose(images, written, {"captions": np.array(written)})
 
-    def texts(self, captions: tuple[str, ...]) -> list[str]:
-        """The captions in the form that the model was trained on."""
-        return list(map(clean_caption, captions) if self.pipeline.cfg.clean_captions else captions)
-
-    def generators(self, numbers: range) -> Iterator[torch.Generator]:
-        """A torch.Generator for each candidate of each item."""
-        return (keyed_generator(self.seed, self.name, i, c) for i, c in product(numbers, range(self.candidates)))
-
-    def choose(self, images: np.ndarray, texts: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The row of each item's best candidate by CLIP, (B,), and CLIP's features of it and its partner, (B, E).
+    def choose(self, images: np.ndarray, texts: list[str], columns: Columns) -> Columns:
+        """The columns (B C, ...) with only each item's best candidate by CLIP, (B, ...), and CLIP's features (B, E).
 
         The candidates are images or texts, B C rows; the others are B rows. Without CLIP there is one candidate.
         """
         if not self.judge:
-            return np.arange(len(images)), {}
+            return columns
         features = self.judge.image_features(images), self.judge.text_features(texts)
         rows = max(map(len, features))
         image, text = (x.repeat_interleave(rows // len(x), 0) for x in features)                        # (B C, E) each
         cosines = F.cosine_similarity(image, text).view(-1, self.candidates)                            # (B, C)
         best = cosines.numpy().argmax(1) + np.arange(0, rows, self.candidates)
-        return best, {"clip-image": image.numpy()[best], "clip-text": text.numpy()[best]}
+        columns |= {"clip-image": image.numpy(), "clip-text": text.numpy()}
+        return {name: column[best] for name, column in columns.items()}
 
     def score(self) -> tuple[dict[str, float], list[str]]:
         """All measures, those of captions times 100 as in papers, and remarks on them. All files must exist."""
@@ -299,50 +275,44 @@ class Measurement:
         if self.judge:
             scores["CLIP score"] = clip_score(*(torch.from_numpy(column(self.generated, f"clip-{kind}"))
                                                 for kind in ("image", "text")))
-        else:
-            notes.append("the CLIP score, and several candidates, need --clip ViT-B-32.pt, which OpenAI publishes")
         return scores, notes
 
     def score_captions(self) -> tuple[dict[str, float], list[str]]:
-        """pycocoevalcap's measures, also of each domain where there are domains. Writes captions.json."""
+        """pycocoevalcap's measures, also by domain where there are domains. Writes captions.json, in COCO's format."""
         captions = dict(zip((photo.id for photo, _ in self.items), column(self.generated, "captions").tolist()))
-        write_results_json(self.out / "captions.json", captions)
-        scores, notes, domains = {}, [], sorted({photo.domain for photo, _ in self.items})
+        rows = [{"image_id": id, "caption": text} for id, text in captions.items()]
+        write_json(self.args.out / "captions.json", rows)
+        scores, domains = {}, sorted({photo.domain for photo, _ in self.items})
         for domain in domains if domains == [""] else [*domains, "overall"]:
             references = {photo.id: photo.captions for photo, _ in self.items if domain in (photo.domain, "overall")}
             results = {id: captions[id] for id in references}
             java, note = java_metrics(results, references)
             scores |= {f"{domain} {name}".strip(): 100 * value
                        for name, value in (score_captions(results, references) | java).items()}
-            if len(references) == 1:
-                notes.append(f"{domain} CIDEr: of one image CIDEr is always 0, as all n-grams weigh log(1/1)".strip())
-        return scores, notes + [note] * bool(note)
+        return scores, [note] if note else []
 
     def report(self, scores: dict[str, float], notes: list[str]) -> None:
-        """Prints the protocol and its measures, and writes them to result.json.
-
-        The paper's results stand beside them only if everything holds that the paper says about its protocol.
-        """
-        protocol, cfg = self.protocol, self.pipeline.cfg
+        """Prints the measures and writes result.json; with the paper's results if the protocol is exactly its own."""
+        protocol, cfg, paper = self.protocol, self.pipeline.cfg, {}
         steps = cfg.image_steps if protocol.generates == "image" else cfg.text_steps
-        same_as_paper = (
-            len(self.photos) == protocol.num_images and self.settings["split"] == protocol.split
-            and len(self.items) == (protocol.num or protocol.num_images) and self.candidates == protocol.candidates
-            and cfg.image_size == SIDE and cfg.guidance == 1 and (cfg.model == "argvlt" or steps == protocol.steps))
-        paper = {name: dict(zip(MODELS, values)) for name, values in protocol.paper.items()} if same_as_paper else {}
-        line = (f"{self.name}: {self.subject}, shorter side resized to {cfg.image_size}, centre "
-                f"cropped; {self.candidates} candidate{'s, CLIP chooses' if self.candidates > 1 else ''}; "
-                f"{'token by token' if cfg.model == 'argvlt' else f'{steps} steps'}; seed {self.seed}; "
-                f"weights {self.settings['weights']}; nanomagvlt {self.settings['nanomagvlt']}")
+        if (len(self.photos) == protocol.num_images and self.split == protocol.split
+                and len(self.items) == (protocol.num or protocol.num_images) and self.candidates == protocol.candidates
+                and cfg.image_size == SIDE and cfg.guidance == 1
+                and (cfg.model == "argvlt" or steps == protocol.steps)):
+            paper = {name: dict(zip(MODELS, values)) for name, values in protocol.paper.items()}
+            notes = [*notes, f"the paper does not say {protocol.unknown}"]
+        line = (f"{self.args.protocol}: {len(self.items):,} items of {self.args.captions.name} ({len(self.photos):,} "
+                f"images), shorter side resized to {cfg.image_size}, centre cropped; the best of {self.candidates}; "
+                f"{'token by token' if cfg.model == 'argvlt' else f'{steps} steps'}; seed {self.args.seed}")
         print(line)
         for name, value in scores.items():
             beside = ", ".join(f"{model} {number}" for model, number in paper.get(name, {}).items() if number)
             print(f"{name:24}{value:<10.2f}" + (f"paper, zero-shot: {beside}" if beside else ""))
-        for note in [*notes, *[f"the paper does not say {protocol.unknown}"] * same_as_paper]:
+        for note in notes:
             print(note)
-        write_json(self.out / "result.json", {"protocol": line, "scores": scores, "notes": notes, "paper": paper,
-                                              "settings": self.settings})
-        print(f"-> {self.out / 'result.json'}")
+        write_json(self.args.out / "result.json", {"protocol": line, "scores": scores, "notes": notes, "paper": paper,
+                                                   "settings": self.settings})
+        print(f"-> {self.args.out / 'result.json'}")
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -353,15 +323,12 @@ def add_flags(parser: Parser) -> None:
     group.add_argument("--protocol", choices=PROTOCOLS, help="one of the paper's measurements")
     group.add_argument("--captions", type=Path, help="the JSON file of COCO, Karpathy or NoCaps")
     group.add_argument("--images", type=Path, help="the folder of its images")
-    group.add_argument("--split", help="of Karpathy's file (default test)")
     group.add_argument("--num", type=positive, help="captions or images (default: the paper's number)")
-    group.add_argument("--candidates", type=positive, help="--clip chooses one of them (default: the paper's number, or 1)")
+    group.add_argument("--candidates", type=positive, help="--clip chooses one (default: the paper's number, or 1)")
     group.add_argument("--clip", type=Path, help="OpenAI's ViT-B-32.pt")
     group.add_argument("--inception", type=Path, help="FID's network: python data/download.py inception")
-    group.add_argument("--part", type=distributed.parse_part, metavar="K/N",
-                       help="do only the K-th of N shares; at the end the same command without --part scores them")
-    group.add_argument("--bpe", type=Path, default=pretrained.CLIP_BPE,
-                       help="CLIP's merges (default: the file of data/download.py)")
+    group.add_argument("--part", type=distributed.parse_part, metavar="K/N", help="do only the K-th of N shares")
+    group.add_argument("--bpe", type=Path, default=pretrained.CLIP_BPE, help="CLIP's merges: data/download.py clip-bpe")
 
 
 def run(args: Namespace) -> None:
@@ -376,9 +343,8 @@ def run(args: Namespace) -> None:
     inception = load_inception(args.inception).to(pipeline.device) if args.inception else None
     measurement = Measurement(args, pipeline, judge, inception)
     claim(args.out, measurement.settings)
-    measurement.work(part)
+    measurement.work(part or (0, 1))
     if part:
-        print(f"part {part[0] + 1}/{part[1]} is done; after all parts, give the same command without --part or "
-              "torchrun: it scores them")
+        print(f"part {part[0] + 1}/{part[1]} is done; the same command without --part or torchrun scores all parts")
     else:
         measurement.report(*measurement.score())

@@ -30,18 +30,16 @@ class Share:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95% interval of a share of n independent trials (Wilson, 1927). It is never empty, not even at 0 or 1."""
-    z2 = 1.96 ** 2
+def share_over_scenes(values: Iterable[float], per_scene: int) -> Share:
+    """The mean of values in [0, 1], `per_scene` in a row for each scene, with Wilson's 95% interval (1927).
+
+    The interval counts scenes, not values: those of one scene are not independent. It is never empty, not even at 0.
+    """
+    by_scene = np.asarray(list(values), dtype=float).reshape(-1, per_scene).mean(1)
+    share, n, z2 = float(by_scene.mean()), len(by_scene), 1.96 ** 2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = 1.96 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def share_over_scenes(values: Iterable[float], per_scene: int) -> Share:
-    """The mean of values in [0, 1], `per_scene` in a row for each scene; the interval counts scenes, not values."""
-    by_scene = np.asarray(list(values), dtype=float).reshape(-1, per_scene).mean(1)
-    return Share(float(by_scene.mean()), *wilson(float(by_scene.mean()), len(by_scene)))
+    return Share(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 @lru_cache
@@ -66,7 +64,7 @@ def evaluate_scenes(pipeline, level: shapes.Level, num_scenes: int, phrasings: i
     """Accuracy of T2I and I2T on unseen scenes, and of image -> tokens -> image ("reconstruction", the ceiling of T2I).
 
     Each scene has `phrasings` prompts and as many true images. "exact": all of an output is right; "facts": the share
-    of its facts that are. "ignoring": the same outputs, judged against the next scene: a model that ignores its input.
+    of its facts that are. "ignoring": the same outputs, judged against the next scene, as if the input were ignored.
     """
     scenes, share = unseen_scenes(level, num_scenes), partial(share_over_scenes, per_scene=phrasings)
     rng, generator = random.Random(keyed_seed(seed, "phrasings")), keyed_generator(seed, "decoding")
@@ -74,26 +72,23 @@ def evaluate_scenes(pipeline, level: shapes.Level, num_scenes: int, phrasings: i
     prompts = [shapes.describe(scene, level, rng) for scene in asked]
     truth = np.stack([shapes.draw_scene(scene, level, rng) for scene in asked])                      # (M, S, S, 3)
 
-    def next_scene(items: list) -> list:
-        return items[phrasings:] + items[:phrasings]
-
     def accuracy(task: str, suffix: str, claims: list[shapes.Claims | None], seen: list[shapes.Reading]) -> dict:
         verdicts = [shapes.judge(claim, reading.scene) for claim, reading in zip(claims, seen)]
         return {f"{task}_exact{suffix}": share(v.exact and reading.is_clean for v, reading in zip(verdicts, seen)),
                 f"{task}_facts{suffix}": share(v.right / v.total for v in verdicts)}
 
-    claims = [shapes.parse(prompt) for prompt in prompts]
+    claims, shown = [shapes.parse(prompt) for prompt in prompts], [shapes.Reading(scene, True) for scene in asked]
+    next_claims, next_shown = (items[phrasings:] + items[:phrasings] for items in (claims, shown))   # the next scene's
     drawn = shapes.read_images(pipeline.draw(prompts, generator), level)
     rebuilt = shapes.read_images(pipeline.tokens_to_image(pipeline.image_to_tokens(truth)), level)
     results = {"scenes": len(scenes), "phrasings": phrasings, **accuracy("t2i", "", claims, drawn),
-               **accuracy("t2i", "_ignoring", next_scene(claims), drawn),
+               **accuracy("t2i", "_ignoring", next_claims, drawn),
                "reconstruction": share(r.is_clean and r.scene == scene for r, scene in zip(rebuilt, asked))}
     if not captions_too:
         return results
     captions, lengths = pipeline.caption(truth, generator)
     told, true_lengths = [shapes.parse(caption) for caption in captions], pipeline.caption_lengths(prompts)
-    shown = [shapes.Reading(scene, True) for scene in asked]
-    return results | {**accuracy("i2t", "", told, shown), **accuracy("i2t", "_ignoring", told, next_scene(shown)),
+    return results | {**accuracy("i2t", "", told, shown), **accuracy("i2t", "_ignoring", told, next_shown),
                       "i2t_objects": share(map(names_the_objects, told, asked)),
                       "length": share(a == b for a, b in zip(lengths, true_lengths)),
                       "length_constant": max(map(true_lengths.count, set(true_lengths))) / len(asked)}
@@ -132,7 +127,7 @@ def evaluate_editing(pipeline, level: shapes.Level, num_scenes: int, phrasings: 
         drawn = pipeline.draw_tokens(prompts, generator, image_tokens, cells)[0]                     # (M, N)
         written = pipeline.write_tokens(image_tokens, generator, text_tokens, lengths, words)[0]     # (M, T)
         found = {f"{name}_inpainted": images_right(drawn), f"{name}_infilled": captions_right(written)}
-        if "it2it" in cfg.tasks:
+        if "it2it" in cfg.task_shares:
             image = pipeline.make_pairs(count, generator, (image_tokens, cells), (text_tokens, lengths, all_words))[0]
             text = pipeline.make_pairs(count, generator, (image_tokens, all_cells), (text_tokens, lengths, words))[1]
             found |= {f"{name}_inpainted_without": images_right(image),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nanomagvlt.io import Inert, load_strict, one_line_error, read_tensors
 from nanomagvlt.tokenizers.bpe import BPE
-from nanomagvlt.training.pretrained import count_children
+from nanomagvlt.training.pretrained import count_children, load_merges
 
 HEAD = 64                                                       # the width of a head, in both towers of all models
 BATCH = 64                                                      # images or texts at a time
@@ -42,8 +42,6 @@ class QuickGELU(nn.Module):
 class Block(nn.Module):
     def __init__(self, width: int, causal: bool):
         super().__init__()
-        if width % HEAD:
-            raise ValueError(f"width {width} is not a multiple of {HEAD}")
         self.causal = causal
         self.ln_1, self.attn = nn.LayerNorm(width), nn.MultiheadAttention(width, width // HEAD, batch_first=True)
         self.ln_2, self.mlp = nn.LayerNorm(width), nn.Sequential(OrderedDict(
@@ -56,13 +54,8 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
-    def __init__(self, width: int, layers: int, causal: bool):
-        super().__init__()
-        self.resblocks = nn.Sequential(*(Block(width, causal) for _ in range(layers)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resblocks(x)
+def transformer(width: int, layers: int, causal: bool) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(resblocks=nn.Sequential(*(Block(width, causal) for _ in range(layers)))))
 
 
 class ImageTower(nn.Module):
@@ -74,7 +67,7 @@ class ImageTower(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty((resolution // patch) ** 2 + 1, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, causal=False)
+        self.transformer = transformer(width, layers, causal=False)
         self.proj = nn.Parameter(torch.empty(width, features))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -95,7 +88,7 @@ class CLIP(nn.Module):
         self.visual = ImageTower(resolution, patch, image_width, image_layers, features)
         self.token_embedding = nn.Embedding(vocab_size, text_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, text_width))
-        self.transformer = Transformer(text_width, text_layers, causal=True)
+        self.transformer = transformer(text_width, text_layers, causal=True)
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(torch.empty(text_width, features))
         self.logit_scale = nn.Parameter(torch.empty(()))
@@ -129,13 +122,8 @@ def preprocess(images: np.ndarray, resolution: int) -> Tensor:
     return (pixels / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-def tokenize(bpe: BPE, texts: list[str], context_length: int = 77) -> Tensor:
-    """Tokens (B, context_length), int64: the start token, the text, the end token, zeros. Long texts are truncated.
-
-    bpe is CLIP's own, from BPE.load(). Raises ValueError for a BPE that splits words as the MAGVLT release does.
-    """
-    if bpe.words != "clip":
-        raise ValueError(f"CLIP needs a BPE with words='clip', not {bpe.words!r}")
+def tokenize(bpe: BPE, texts: list[str], context_length: int) -> Tensor:
+    """Tokens (B, context_length), int64: the start token, the text, the end token, zeros. Long texts are truncated."""
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
     for row, text in zip(tokens, texts):
         ids = [bpe.vocab_size - 2, *bpe.encode(text)[:context_length - 2], bpe.vocab_size - 1]
@@ -204,9 +192,5 @@ class Judge:
 
 def load_judge(path: str | Path, merges: str | Path, device: str | torch.device = "cpu") -> Judge:
     """CLIP and its tokenizer. Raises ValueError, one line, if a file is unusable or the two do not fit together."""
-    if not Path(merges).is_file():
-        raise ValueError(f"{merges}: there is no such file; `python data/download.py clip-bpe` fetches CLIP's merges")
-    model, bpe = load_clip(path).to(device), BPE.load(merges)
-    if bpe.vocab_size != model.vocab_size:
-        raise ValueError(f"{merges} has {bpe.vocab_size} tokens, but {path} has {model.vocab_size}: give its merges")
-    return Judge(model, bpe)
+    model = load_clip(path).to(device)
+    return Judge(model, load_merges(merges, "clip", model.vocab_size))

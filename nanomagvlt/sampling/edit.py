@@ -20,11 +20,10 @@ MASK_WORD = re.compile(r"(\[MASK(?::[1-9]\d{0,2})?\])")
 def region(size: tuple[int, int], box: tuple[int, ...]) -> Image.Image:
     """A mask of size (width, height), white in the box x0, y0, x1, y1 (pixels; x1 and y1 are outside). Raises
     ValueError for an empty box and one that leaves the image."""
-    x0, y0, x1, y1 = box
-    if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]):
-        raise ValueError(f"region {x0},{y0},{x1},{y1} must be x0,y0,x1,y1 within {size[0]} x {size[1]} pixels")
+    if len(box) != 4 or not (0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]):
+        raise ValueError(f"--region {','.join(map(str, box))} must be x0,y0,x1,y1 within {size[0]} x {size[1]} pixels")
     mask = Image.new("L", size)
-    mask.paste(255, tuple(box))
+    mask.paste(255, box)
     return mask
 
 

@@ -20,7 +20,6 @@ from nanomagvlt.config import Config
 from nanomagvlt.data.cache import encode_captions, to_images, to_pixels
 from nanomagvlt.decoding import SamplingConfig, Step, blank, sampling_config
 from nanomagvlt.model import MAGVLT
-from nanomagvlt.sequence import TASKS
 from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.tokenizers.vqgan import VQGAN
 from nanomagvlt.training import checkpoint, pretrained
@@ -54,27 +53,19 @@ class Pipeline:
     def batch_size(self) -> int:
         """Samples in one batch: at most 128, and at most 512 MiB of logits of one modality."""
         cfg = self.cfg
-        logits = max(cfg.image_tokens * cfg.codebook_size * (1 if cfg.guidance == 1 else 2),
-                     cfg.text_length * cfg.text_vocab)
-        return max(1, min(128, 2 ** 27 // logits))
+        image_logits = cfg.image_tokens * cfg.codebook_size * (1 if cfg.guidance == 1 else 2)
+        return max(1, min(128, 2 ** 27 // max(image_logits, cfg.text_length * cfg.text_vocab)))
 
     @torch.inference_mode()
     def fill(self, task: str, batch: dict[str, Tensor], to_fill: dict[str, Tensor], sampling: dict[str, SamplingConfig],
              generator: torch.Generator, update_length: bool = False) -> tuple[dict[str, Tensor], Traces]:
-        """decoding.generate() or argvlt.generate(), batch after batch: the batch with its new tokens, and the traces of
-        the first batch. The texts to generate get their predicted length where the batch has none."""
-        parts, traces, cfg = [], {}, self.cfg
-        method, text = argvlt if cfg.model == "argvlt" else decoding, TASKS[task].length_of
-        for i in range(0, len(next(iter(batch.values()))), self.batch_size):
+        """decoding.generate() or argvlt.generate(), part after part: the batch with its new tokens, and the traces of
+        the first part."""
+        parts, traces, method = [], {}, argvlt if self.cfg.model == "argvlt" else decoding
+        for i in range(0, len(batch["image_tokens"]), self.batch_size):
             part, holes = ({name: x[i:i + self.batch_size].to(self.device) for name, x in of.items()}
                            for of in (batch, to_fill))
-            if text and f"{text}_lengths" not in part:  # an unknown text; ARGVLT ends it by itself
-                rows = len(next(iter(part.values())))
-                lengths = (torch.full((rows,), cfg.text_length, device=self.device) if cfg.model == "argvlt" else
-                           decoding.predict_length(self.model, task, part))
-                part[f"{text}_tokens"], holes[text] = blank(cfg, "text", rows, lengths, self.device)
-                part[f"{text}_lengths"] = lengths
-            done, steps = method.generate(self.model, task, part, holes, sampling, generator, cfg.guidance,
+            done, steps = method.generate(self.model, task, part, holes, sampling, generator, self.cfg.guidance,
                                           update_length)
             parts.append(done)
             traces = traces or steps
@@ -87,7 +78,7 @@ class Pipeline:
         With image_tokens (B, N) and to_fill (B, N) bool only these positions are filled, in at most as many steps.
         """
         if image_tokens is None:
-            image_tokens, to_fill = blank(self.cfg, "image", len(prompts))
+            image_tokens, to_fill = blank(self.cfg, len(prompts))
         steps = max(1, min(self.cfg.image_steps, int(to_fill.sum(1).min())))
         text_tokens, lengths = encode_captions(self.bpe, prompts, self.cfg.text_length)
         batch = {"image_tokens": image_tokens, "text_tokens": text_tokens, "text_lengths": lengths}
@@ -99,15 +90,20 @@ class Pipeline:
                      lengths: Tensor | None = None, to_fill: Tensor | None = None) -> tuple[Tensor, Tensor, list[Step]]:
         """Text tokens (B, T) for image tokens (B, N), their lengths (B,), and the decoding steps of the first batch.
 
-        With text_tokens (B, T), lengths (B,) and to_fill (B, T) bool only these positions are filled.
+        With text_tokens (B, T), lengths (B,) and to_fill (B, T) bool only these positions are filled. The length of an
+        unknown text is predicted; an ARGVLT ends it by itself.
         """
-        batch, holes = {"image_tokens": image_tokens}, {}
-        if text_tokens is not None:
-            batch, holes = {**batch, "text_tokens": text_tokens, "text_lengths": lengths}, {"text": to_fill}
-        done, traces = self.fill("i2t", batch, holes, {"text": sampling_config(self.cfg, "text")}, generator)
-        if text_tokens is None and self.cfg.model == "argvlt":  # its text is as long as it wrote
-            lengths = (done["text_tokens"] != self.bpe.end).sum(1).add(1).clamp(max=self.cfg.text_length)
-        return done["text_tokens"], done["text_lengths"] if lengths is None else lengths, traces.get("text", [])
+        cfg, is_unknown, is_causal = self.cfg, text_tokens is None, self.cfg.model == "argvlt"
+        if is_unknown:
+            lengths = torch.cat([torch.full((len(part),), cfg.text_length) if is_causal else
+                                 decoding.predict_length(self.model, "i2t", {"image_tokens": part.to(self.device)})
+                                 for part in image_tokens.split(self.batch_size)])
+            text_tokens, to_fill = blank(cfg, len(image_tokens), lengths)
+        batch = {"image_tokens": image_tokens, "text_tokens": text_tokens, "text_lengths": lengths}
+        done, traces = self.fill("i2t", batch, {"text": to_fill}, {"text": sampling_config(cfg, "text")}, generator)
+        if is_unknown and is_causal:
+            lengths = (done["text_tokens"] != self.bpe.end).sum(1).add(1).clamp(max=cfg.text_length)
+        return done["text_tokens"], lengths, traces.get("text", [])
 
     def make_pairs(self, count: int, generator: torch.Generator, image: tuple[Tensor, Tensor] | None = None,
                    text: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, Traces]:
@@ -118,22 +114,22 @@ class Pipeline:
         to_fill (B, T). The length of an unknown text starts at random between 8 and 16, and is updated.
         Raises ValueError for a model that was not trained in it2it.
         """
-        cfg, is_unknown = self.cfg, text is None
-        if "it2it" not in cfg.tasks:
+        cfg = self.cfg
+        if "it2it" not in cfg.task_shares:
             raise ValueError("image and text together need a model trained in it2it, as tiny is: see --task-weights")
-        if is_unknown:  # the lengths have a generator of their own: so row 0 does not depend on the number of rows
+        image_tokens, holes = image or blank(cfg, count)
+        if text:
+            text_tokens, lengths, gaps = text
+        else:  # the lengths have a generator of their own, so that row 0 does not depend on the number of rows
             start = torch.randint(8, 17, (count,), generator=torch.Generator().manual_seed(generator.initial_seed()))
             lengths = start.clamp(max=cfg.text_length)
-            words, gaps = blank(cfg, "text", count, lengths)
-            text = words, lengths, gaps
-        image_tokens, holes = image or blank(cfg, "image", count)
-        text_tokens, lengths, gaps = text
+            text_tokens, gaps = blank(cfg, count, lengths)
         steps = max(1, min(cfg.text_steps, int(holes.sum(1).min())))  # one K for both
         # The length changes between steps, so an order by position (halton) would keep the wrong positions for the end.
         sampling = {"image": sampling_config(cfg, "image", steps=steps),
                     "text": sampling_config(cfg, "text", steps=steps, order=cfg.pair_text_order)}
         batch = {"image_tokens": image_tokens, "text_tokens": text_tokens, "text_lengths": lengths}
-        done, traces = self.fill("it2it", batch, {"image": holes, "text": gaps}, sampling, generator, is_unknown)
+        done, traces = self.fill("it2it", batch, {"image": holes, "text": gaps}, sampling, generator, not text)
         return done["image_tokens"], done["text_tokens"], done["text_lengths"], traces
 
     # ------------------------------------------------------------------------------------------ strings and pictures
@@ -148,12 +144,12 @@ class Pipeline:
         return self.read_texts(text_tokens, lengths), lengths.tolist()
 
     def read_texts(self, text_tokens: Tensor, lengths: Tensor, cut: bool = True) -> list[str]:
-        """Text tokens (B, T) of lengths (B,) as strings, cut at their first end token. Without cut, for texts in which
-        later words were given, end tokens are left out instead."""
-        rows = [row[:n] for row, n in zip(text_tokens.tolist(), lengths.tolist())]
+        """Text tokens (B, T) of lengths (B,) as strings, cut at their first end token. Without cut, end tokens are only
+        left out: later words of the text may have been given."""
+        rows = [ids[:length] for ids, length in zip(text_tokens.tolist(), lengths.tolist())]
         if cut:
-            rows = [ids[:ids.index(self.bpe.end)] if self.bpe.end in ids else ids for ids in rows]
-        return [self.bpe.decode([i for i in ids if i != self.bpe.end]) for ids in rows]
+            rows = [ids[:[*ids, self.bpe.end].index(self.bpe.end)] for ids in rows]
+        return [self.bpe.decode(ids) for ids in rows]
 
     def caption_lengths(self, captions: list[str]) -> list[int]:
         """The number of text tokens of each caption, its end token included."""
@@ -172,17 +168,14 @@ class Pipeline:
                                for tokens in image_tokens.split(self.batch_size)])
 
 
-def load_pipeline(path: str | Path, device: str = "auto", bpe_file: str | Path = pretrained.CLIP_BPE, heads: int = 0,
-                  sha256: str = "") -> Pipeline:
+def load_pipeline(path: str | Path, device: str = "auto", bpe_file: str | Path = pretrained.CLIP_BPE) -> Pipeline:
     """A pipeline from a checkpoint, ours or the authors'. Raises ValueError, one line, if it cannot be used.
 
-    sha256 is the digest that the file must have. bpe_file (CLIP's merges) and heads (0: width / 128) are for the
-    authors' files, which do not contain them.
+    bpe_file holds CLIP's merges, for the authors' files, which do not contain them.
     """
-    pretrained.check_digest(path, sha256)  # before anything in the file is read
     if pretrained.looks_published(path):
-        model, vqgan = pretrained.load_magvlt(path, heads)
-        bpe = pretrained.release_bpe(bpe_file, model.cfg)
+        model, vqgan = pretrained.load_magvlt(path)
+        bpe = pretrained.load_merges(bpe_file, "release", model.cfg.text_vocab)
     else:
         model, vqgan, bpe = checkpoint.load_magvlt(path)
     device = pick_device(device)
@@ -210,18 +203,17 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def contact_sheet(images: np.ndarray, labels: list[str], columns: int = 4, side: int = 160) -> Image.Image:
-    """A white sheet of pictures, uint8 (B, S, S, 3), each enlarged to at least `side` pixels, with its label below."""
-    scale = max(1, round(side / images.shape[1]))
+def contact_sheet(images: np.ndarray, labels: list[str], columns: int = 4) -> Image.Image:
+    """A white sheet of pictures, uint8 (B, S, S, 3), each enlarged to about 160 pixels, with its label below."""
+    scale = max(1, round(160 / images.shape[1]))
     side, margin, font = images.shape[1] * scale, 8, ImageFont.load_default(12)
     lines = [textwrap.wrap(label, max(8, side // 7)) for label in labels]
-    label_height = 15 * max((len(text) for text in lines), default=0)
+    width, height = side + margin, side + 15 * max(map(len, lines)) + margin  # of a picture with its label
     rows = -(-len(images) // columns)
-    width, height = columns * (side + margin) + margin, rows * (side + label_height + margin) + margin
-    sheet = Image.new("RGB", (width, height), "white")
+    sheet = Image.new("RGB", (columns * width + margin, rows * height + margin), "white")
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
-        x, y = margin + i % columns * (side + margin), margin + i // columns * (side + label_height + margin)
+        x, y = margin + i % columns * width, margin + i // columns * height
         sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
         pen.rectangle((x - 1, y - 1, x + side, y + side), outline="lightgray")
         pen.multiline_text((x, y + side + 2), "\n".join(lines[i]), "black", font, spacing=2)

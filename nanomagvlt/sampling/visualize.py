@@ -71,10 +71,10 @@ def text_table(bpe: BPE, trace: list[Step], length: int) -> str:
 def attention_maps(model: MAGVLT, trace: list[Step], text_tokens: Tensor, lengths: Tensor, keys: range) -> Tensor:
     """The attention of the first image's tokens to the text positions `keys`, mean over blocks and heads: (K, N). The
     prompt is text_tokens (1, T) of lengths (1,)."""
-    tokens, is_masked = (torch.stack([getattr(step, name)[0] for step in trace]) for name in ("tokens", "is_masked"))
-    text_tokens, lengths = text_tokens.expand(len(trace), -1), lengths.expand(len(trace))     # a step is a row: B = K
-    seq = build("t2i", model.cfg, {"image_tokens": tokens, "text_tokens": text_tokens, "text_lengths": lengths},
-                {"image": is_masked})
+    batch = {"image_tokens": torch.stack([step.tokens[0] for step in trace]),                 # a step is a row: B = K
+             "text_tokens": text_tokens.expand(len(trace), -1).to(model.device),
+             "text_lengths": lengths.expand(len(trace)).to(model.device)}
+    seq = build("t2i", model.cfg, batch, {"image": torch.stack([step.is_masked[0] for step in trace])})
     projections, maps = [], []
     with contextlib.ExitStack() as hooks:
         for block in model.blocks:
@@ -83,9 +83,9 @@ def attention_maps(model: MAGVLT, trace: list[Step], text_tokens: Tensor, length
         model(seq)
     for qkv in projections:                                                                          # (B, L, 3 D)
         q, k, _ = qkv.view(*qkv.shape[:2], 3, model.cfg.heads, -1).permute(2, 0, 3, 1, 4)            # (B, H, L, D/H)
-        scores = q[:, :, seq.slices["image"]] @ k.transpose(2, 3) / q.shape[-1] ** 0.5                  # (B, H, N, L)
+        scores = q[:, :, seq.slices["image"]] @ k.transpose(2, 3) / q.shape[-1] ** 0.5               # (B, H, N, L)
         attention = scores.masked_fill(~seq.is_valid[:, None, None], -torch.inf).softmax(-1)
-        maps.append(attention[..., seq.slices["text"]][..., list(keys)].sum(-1).mean(1))                # (B, N)
+        maps.append(attention[..., seq.slices["text"]][..., list(keys)].sum(-1).mean(1))             # (B, N)
     return torch.stack(maps).mean(0)
 
 

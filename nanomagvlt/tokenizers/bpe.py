@@ -38,7 +38,7 @@ CLIP_WORDS = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|
 
 
 def clean(text: str) -> str:
-    """CLIP's cleaning: repairs broken encodings, resolves HTML entities, collapses white space, converts to lower case."""
+    """CLIP's cleaning: repairs broken encodings, resolves HTML entities, collapses blanks, converts to lower case."""
     if not (text.isascii() and text.isprintable() and "&" not in text):    # a shortcut: ftfy is slow
         text = html.unescape(html.unescape(ftfy.fix_text(text)))           # twice: "&amp;amp;" is common on the web
     return regex.sub(r"\s+", " ", text).strip().lower()
@@ -67,9 +67,6 @@ def split_release(text: str) -> list[str]:
     return split_release(text.encode("ascii", errors="ignore").decode())
 
 
-SPLITTERS = {"clip": split_clip, "release": split_release}
-
-
 def clean_caption(text: str) -> str:
     """The clean-up of a caption in the authors' data sets, before BPE. Their sampling does not clean prompts."""
     text = text.lower().lstrip(",.!?*#:;~").replace("-", " ").replace("/", " ")
@@ -78,16 +75,12 @@ def clean_caption(text: str) -> str:
 
 
 def clean_written(text: str) -> str:
-    """The clean-up of a generated caption in the authors' release: its first sentence, without repeated words.
-
-    After clean_caption(), < and > are removed, all text from the first full stop on, and each word that is equal to the
-    word before it. Then " ." is added. A text without words becomes empty."""
+    """The clean-up of a generated caption in the authors' release: the first sentence, without <, >, and words equal to
+    the word before them; " ." is added. A text without words becomes empty."""
     words = clean_caption(text).replace("<", "").replace(">", "").split(".")[0].split()
     words = [word for word, previous in zip(words, ["", *words]) if word != previous]
     return " ".join([*words, "."]) if words else ""
 
-
-# ---- byte-pair encoding ------------------------------------------------------------------------------------
 
 def to_symbols(word: str) -> list[str]:
     """The symbols of a word. The last one is marked: "cat" and the "cat" of "catalogue" are different tokens."""
@@ -134,16 +127,17 @@ class BPE:
 
     def __init__(self, merges: list[tuple[str, str]], words: str = "clip"):
         """`words`: how texts are split, "clip" or "release". Raises ValueError for merges that do not fit together."""
-        if words not in SPLITTERS:
-            raise ValueError(f"words={words!r}: choose one of {', '.join(SPLITTERS)}")
-        self.merges, self.words = [(a, b) for a, b in merges], words
-        self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+        if words not in ("clip", "release"):
+            raise ValueError(f"words={words!r} is neither clip nor release")
+        self.merges, self.words = merges, words
+        self.split = split_clip if words == "clip" else split_release
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         pieces = {s: s for s in BYTE_TO_SYMBOL.values()}         # symbol -> the text that it decodes to
         pieces |= {s + END_OF_WORD: s + " " for s in pieces}
-        for number, (a, b) in enumerate(self.merges, 1):
-            if a not in pieces or b not in pieces or a + b in pieces:
-                raise ValueError(f"merge {number}, {a!r} {b!r}, must join two earlier symbols into a new one")
-            pieces[a + b] = pieces[a] + pieces[b]
+        for number, pair in enumerate(merges, 1):
+            if len(pair) != 2 or not pieces.keys() >= set(pair) or "".join(pair) in pieces:
+                raise ValueError(f"merge {number}, {' '.join(pair)!r}, must join two earlier symbols into a new one")
+            pieces["".join(pair)] = "".join(pieces[symbol] for symbol in pair)
         pieces |= {START: "", END: ""}
         self.ids = {symbol: i for i, symbol in enumerate(pieces)}
         self.pieces = list(pieces.values())
@@ -179,22 +173,16 @@ class BPE:
     def encode(self, text: str, dropout: float = 0.0, rng: random.Random | None = None) -> list[int]:
         """The ids of any text, without start and end token. Dropout, for training, draws from `rng` alone. With
         words="clip", "<|endoftext|>" in the text becomes the end token, as in CLIP."""
-        if not 0 <= dropout <= 1 or (dropout > 0 and rng is None):
-            raise ValueError(f"dropout={dropout} must be a probability and, above 0, come with a rng")
         encode_word = self.cached_word if dropout == 0 else lambda word: self.encode_word(word, dropout, rng)
-        return [i for word in SPLITTERS[self.words](text) for i in encode_word(word)]
+        return [i for word in self.split(text) for i in encode_word(word)]
 
     def encode_word(self, word: str, dropout: float = 0.0, rng: random.Random | None = None) -> list[int]:
-        """The ids of one word, as SPLITTERS return it."""
+        """The ids of one word of split_clip() or split_release()."""
         symbols = [word] if word in (START, END) else merge(to_symbols(word), self.ranks, dropout, rng)
         return [self.ids[symbol] for symbol in symbols]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids. Special tokens decode to nothing, so cut at the end token first; invalid UTF-8 becomes
-        U+FFFD. Raises ValueError for an id outside the vocabulary."""
-        ids = list(ids)
-        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise ValueError(f"id {bad[0]} is not in the vocabulary of {self.vocab_size}")
+        """The text of the ids, U+FFFD for invalid UTF-8, nothing for special tokens: cut at the end token first."""
         text = "".join(self.pieces[i] for i in ids)
         if self.words == "clip":
             text = bytes(SYMBOL_TO_BYTE[s] for s in text).decode("utf-8", errors="replace")
@@ -213,23 +201,19 @@ class BPE:
     @classmethod
     def from_text(cls, text: str, words: str | None = None) -> "BPE":
         """Reads the content of a merges file, ours or CLIP's own. `words` replaces the header's (by default "clip").
-        Raises ValueError if a merge is missing or malformed."""
+        Raises ValueError if merges are missing or malformed."""
         header, *lines = text.rstrip("\n").split("\n")
         fields = {"merges": str(len(lines)), "words": "clip"} | dict(re.findall(r"\b(words|merges)=(\w+)", header))
         if "bpe_simple_vocab_16e6" in header:
             lines, fields["merges"] = lines[:CLIP_MERGES], str(CLIP_MERGES)
         if "#version" not in header or fields["merges"] != str(len(lines)):
             raise ValueError(f"not a complete list of BPE merges: {len(lines)} lines after {header[:60]!r}")
-        merges = [tuple(line.split()) for line in lines]
-        if bad := [number for number, pair in enumerate(merges, 2) if len(pair) != 2]:
-            raise ValueError(f"line {bad[0]} is not two symbols with a blank between them")
-        return cls(merges, words or fields["words"])
+        return cls([tuple(line.split()) for line in lines], words or fields["words"])
 
     def save(self, path: str | Path) -> None:
-        """Writes to_text(), compressed with gzip if the name ends in .gz; whole or not at all."""
-        path, data = Path(path), self.to_text().encode("utf-8")
-        with whole(path) as file:
-            file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+        """Writes a merges file, whole or not at all."""
+        with whole(Path(path)) as file:
+            file.write(self.to_text().encode("utf-8"))
 
     @classmethod
     def load(cls, path: str | Path, words: str | None = None) -> "BPE":

@@ -11,8 +11,8 @@ patches can then get different tokens, which wastes a small codebook.
 
 The codebook is trained by moving averages, not by gradients: see Codebook, at the end of the file.
 
-Shapes: B batch, S image side in pixels, G = sqrt(N) tokens per side, C channels, c = codebook_dim, V codebook vectors,
-M vectors to quantise. Pixels are in [-1, 1]. Read on in vqgan_loss.py.
+Shapes: B batch, S image side in pixels, N = G*G tokens in raster order, C channels, c = codebook_dim, V codebook
+vectors, M features of a batch. Pixels are in [-1, 1]. Read on in vqgan_loss.py.
 """
 import math
 from collections import OrderedDict
@@ -81,11 +81,12 @@ class Level(nn.Module):
     def __init__(self, cfg: Config, c_in: int, c_out: int, blocks: int, side: int):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(cfg, c_in if i == 0 else c_out, c_out) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(cfg, c_out) for _ in range(blocks if side in cfg.vq_attention else 0))
+        self.attn = nn.ModuleList(AttnBlock(cfg, c_out) if side in cfg.vq_attention else nn.Identity()
+                                  for _ in range(blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = self.attn[i](block(x)) if len(self.attn) else block(x)
+        for block, attn in zip(self.block, self.attn):
+            x = attn(block(x))
         return x
 
 
@@ -97,8 +98,7 @@ class Encoder(nn.Module):
         channels = [cfg.vq_channels * m for m in cfg.vq_multipliers]
         self.conv_in = nn.Conv2d(3, cfg.vq_channels, 3, padding=1)
         self.down = nn.ModuleList()
-        for i, c_out in enumerate(channels):
-            c_in = channels[i - 1] if i else cfg.vq_channels
+        for i, (c_in, c_out) in enumerate(zip([cfg.vq_channels, *channels], channels)):
             self.down.append(Level(cfg, c_in, c_out, cfg.vq_res_blocks, cfg.image_size // 2 ** i))
             self.down[i].downsample = downsample(c_out) if i + 1 < len(channels) else nn.Identity()
         self.mid = middle(cfg, channels[-1])
@@ -121,8 +121,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(cfg.vq_latent, channels[-1], 3, padding=1)
         self.mid = middle(cfg, channels[-1])
         self.up = nn.ModuleList()
-        for i, c_out in enumerate(channels):  # up.0 is the full resolution, and runs last
-            c_in = channels[min(i + 1, len(channels) - 1)]
+        for i, (c_in, c_out) in enumerate(zip([*channels[1:], channels[-1]], channels)):  # up.0 runs last
             self.up.append(Level(cfg, c_in, c_out, cfg.vq_res_blocks + 1, cfg.image_size // 2 ** i))
             self.up[i].upsample = upsample(c_out) if i > 0 else nn.Identity()
         self.norm_out = norm(cfg, channels[0])
@@ -144,14 +143,9 @@ class Quantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / cfg.codebook_size, 1 / cfg.codebook_size)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Vectors z (M, c) -> codes (M,) long: argmin over e of |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, without |z|^2."""
-        e = self.embedding.weight                                                                  # (V, c)
-        return (e.square().sum(1) - 2 * z @ e.t()).argmin(dim=1)
-
-
-def to_rows(z: Tensor) -> Tensor:
-    """Features (B, c, G, G) -> vectors (B*G*G, c), in raster order."""
-    return z.permute(0, 2, 3, 1).flatten(0, 2)
+        """Features (B, c, N) -> codes (B, N): argmin over e of |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, without |z|^2."""
+        e, z = self.embedding.weight, z.mT.contiguous()                                            # (V, c), (B, N, c)
+        return (e.square().sum(1) - 2 * z @ e.t()).argmin(dim=2)
 
 
 class VQGAN(nn.Module):
@@ -170,42 +164,30 @@ class VQGAN(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, S, S) -> image tokens (B, G*G) long in [0, V), in raster order.
-
-        A rectangle works too if both sides are multiples of the patch side S / G.
-        """
-        return self.nearest_codes(self.features(pixels))
+        """Pixels (B, 3, S, S), or a rectangle of whole patches -> image tokens (B, N) long in [0, V)."""
+        return self.quantize(self.features(pixels))
 
     def decode(self, image_tokens: Tensor) -> Tensor:
-        """Image tokens (B, G*G) -> pixels (B, 3, S, S); a few may lie outside [-1, 1]."""
-        return self.decode_vectors(self.lookup(image_tokens))
+        """Image tokens (B, N) -> pixels (B, 3, S, S); a few may lie outside [-1, 1]."""
+        return self.decode_vectors(self.quantize.embedding(image_tokens).mT)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, S, S) -> the vectors before quantisation (B, c, G, G)."""
+        """Pixels (B, 3, S, S) -> the vectors before quantisation (B, c, N)."""
         if not self.cfg.vq_patchwise:
-            return self.quant_conv(self.encoder(pixels))
-        b, p = len(pixels), self.cfg.image_size // self.cfg.grid                                   # p: patch side
-        h, w = pixels.shape[2] // p, pixels.shape[3] // p
-        patches = pixels.view(b, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(b * h * w, 3, p, p)
+            return self.quant_conv(self.encoder(pixels)).flatten(2)
+        p = self.cfg.image_size // self.cfg.grid                                                   # the side of a patch
+        patches = F.unfold(pixels, p, stride=p).mT.reshape(-1, 3, p, p)                            # (B*N, 3, p, p)
         patches, index = patches.unique(dim=0, return_inverse=True)  # many are equal: encode each once
-        z = self.quant_conv(self.encoder(patches))[index]                                          # (B*G*G, c, 1, 1)
-        return z.view(b, h, w, -1).permute(0, 3, 1, 2)                                             # (B, c, G, G)
-
-    def nearest_codes(self, z: Tensor) -> Tensor:
-        """Features (B, c, G, G) -> the nearest codes (B, G*G), in raster order."""
-        return self.quantize(to_rows(z)).view(len(z), -1)
-
-    def lookup(self, image_tokens: Tensor) -> Tensor:
-        """Image tokens (B, G*G) -> their codebook vectors (B, c, G, G)."""
-        b, g = len(image_tokens), math.isqrt(image_tokens.shape[1])
-        return self.quantize.embedding(image_tokens).view(b, g, g, -1).permute(0, 3, 1, 2)
+        z = self.quant_conv(self.encoder(patches))[index]                                          # (B*N, c, 1, 1)
+        return z.view(len(pixels), -1, self.cfg.codebook_dim).mT                                   # (B, c, N)
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
-        """Codebook vectors, or features that are not quantised (B, c, G, G) -> pixels (B, 3, S, S)."""
-        return self.decoder(self.post_quant_conv(vectors))
+        """Codebook vectors, or features that are not quantised (B, c, N) -> pixels (B, 3, S, S)."""
+        g = math.isqrt(vectors.shape[2])
+        return self.decoder(self.post_quant_conv(vectors.unflatten(2, (g, g))))
 
     def forward(self, pixels: Tensor, quantise: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns the reconstruction (B, 3, S, S), the commitment loss, the features (B, c, G, G), the codes (B, G*G).
+        """Returns the reconstruction (B, 3, S, S), the commitment loss, the features (B, c, N) and the codes (B, N).
 
         The decoder's input is the codebook vectors e. The choice of the nearest vector has no gradient, so the
         straight-through estimator copies the gradient at e to the features z. The commitment loss |z - e|^2 pulls z
@@ -214,8 +196,8 @@ class VQGAN(nn.Module):
         With quantise=False the model is a plain autoencoder: the decoder's input is z, and the commitment loss is 0.
         """
         z = self.features(pixels)
-        codes = self.nearest_codes(z.detach())
-        e = self.lookup(codes).detach()
+        codes = self.quantize(z.detach())
+        e = self.quantize.embedding(codes).mT.detach()
         if not quantise:
             return self.decode_vectors(z), torch.zeros((), device=z.device), z, codes
         return self.decode_vectors(z + (e - z).detach()), F.mse_loss(z, e), z, codes
@@ -237,12 +219,10 @@ class Codebook(nn.Module):
         self.register_buffer("total", self.weight.clone())                    # (V, c) their sum per update, averaged
 
     @torch.no_grad()
-    def start(self, z: Tensor, generator: torch.Generator, iterations: int = 10) -> None:
-        """Sets the codebook to the centres of k-means on the features z (M, c).
-
-        The first centres are those of k-means++: each is a feature, drawn with a probability proportional to its
-        squared distance from the nearest centre so far.
-        """
+    def start(self, z: Tensor, generator: torch.Generator) -> None:
+        """Sets the codebook to the centres of k-means on the features z (M, c). The first centres are those of
+        k-means++: each is a feature, drawn with a probability proportional to its squared distance from the nearest
+        centre so far."""
         centres = z[torch.randint(len(z), (1,), generator=generator).to(z.device)]                 # (1, c)
         distance = (z - centres).square().sum(1)                                                   # (M,) to the nearest
         for uniform in torch.rand(len(self.weight) - 1, generator=generator, dtype=torch.float64).to(z.device):
@@ -251,7 +231,7 @@ class Codebook(nn.Module):
             centres = torch.cat([centres, z[index]])
             distance = torch.minimum(distance, (z - z[index]).square().sum(1))
         self.weight.copy_(centres)
-        for _ in range(iterations):
+        for _ in range(10):
             count, total = self._sums(z, torch.cdist(z, self.weight).argmin(1))
             self.weight.copy_(torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], self.weight))
         self.count, self.total = torch.ones_like(self.count), self.weight.clone()

@@ -5,10 +5,6 @@ for it are given, in the features of VGG16 (LPIPS: Zhang et al., CVPR 2018). A l
 images, because the average of all plausible images has the smallest expected error. So a discriminator learns to tell
 images from reconstructions, patch by patch, and the generator learns to raise the discriminator's logits.
 
-Each network has its own loss: generator_loss() and discriminator_loss(). In the first the discriminator is frozen, and
-the gradient passes through it to the generator. In the second the reconstruction is detached, so the generator gets no
-gradient.
-
 Shapes: B batch, S image side, P*P patches that the discriminator classifies. Pixels are in [-1, 1]. The training loop
 is in training/train_vqgan.py. Read on in bpe.py.
 """
@@ -18,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanomagvlt.io import load_strict, read_tensors
+from nanomagvlt.io import load_strict, one_line_error, read_tensors
 
 
 class Discriminator(nn.Module):
@@ -66,12 +62,12 @@ class Perceptual(nn.Module):
     @classmethod
     def load(cls, vgg: str | Path, lpips: str | Path) -> "Perceptual":
         """Reads torchvision's vgg16-397923af.pth and LPIPS's vgg.pth. Raises ValueError, one line, for another file."""
-        module = cls()
-        for path, part, template in ((vgg, module.features, "features.{}"),
-                                     (lpips, module.weights, "lin{}.model.1.weight")):
-            state = read_tensors(path, "weights of VGG16 for LPIPS")
-            if isinstance(state, dict):  # torchvision's file has a classifier, too, which LPIPS does not use
-                state = {n: state[template.format(n)] for n in part.state_dict() if template.format(n) in state}
+        module, what = cls(), "weights for LPIPS"
+        for path, part, name in ((vgg, module.features, "features.{}"),
+                                 (lpips, module.weights, "lin{}.model.1.weight")):
+            content = read_tensors(path, what)
+            with one_line_error(path, f"not {what}"):  # torchvision's file also has a classifier: not used
+                state = {ours: content[name.format(ours)] for ours in part.state_dict()}
             load_strict(part, state, path)
         return module
 
@@ -87,26 +83,20 @@ class Perceptual(nn.Module):
         return distance
 
 
-def adversarial_share(step: int, start: int, ramp: int) -> float:
-    """The weight of the discriminator at an update: 0 before `start`, then a linear rise to 1 over `ramp` updates."""
-    return min(1.0, max(0.0, (step - start + 1) / ramp))
-
-
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
     """The weight of the adversarial loss that gives both losses equal gradient norms at the decoder's last layer
     (Esser et al., eq. 7). It is at most 10,000, and no gradient passes through it."""
     norms = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
              for loss in (reconstruction_loss, adversarial_loss)]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4).detach()
+    return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4)
 
 
-def generator_loss(pixels: Tensor, reconstruction: Tensor, last_layer: Tensor,
-                   discriminator: Discriminator | None = None, perceptual: Perceptual | None = None,
-                   share: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+def generator_loss(pixels: Tensor, reconstruction: Tensor, last_layer: Tensor, perceptual: Perceptual | None = None,
+                   discriminator: Discriminator | None = None, share: float = 1.0) -> tuple[Tensor, dict]:
     """The loss of the VQ-GAN without the commitment loss, and its terms for the log.
 
     pixels and reconstruction (B, 3, S, S); last_layer: the weights of the decoder's last convolution; share in [0, 1]:
-    the weight of the discriminator. The discriminator is frozen here: this loss gives it no gradient.
+    the weight of the discriminator. It is frozen here: the gradient passes through it, and does not change it.
     """
     error = reconstruction - pixels
     terms = {"l1": error.abs().mean()}
@@ -114,20 +104,19 @@ def generator_loss(pixels: Tensor, reconstruction: Tensor, last_layer: Tensor,
     if perceptual is not None:
         terms["perceptual"] = perceptual(reconstruction, pixels)
         loss = loss + terms["perceptual"]
-    if discriminator is not None and share > 0:
+    if discriminator is not None:
         discriminator.requires_grad_(False)
         adversarial = -discriminator(reconstruction).mean()
         discriminator.requires_grad_(True)
         weight = adaptive_weight(loss, adversarial, last_layer)
         loss = loss + share * weight * adversarial
         terms |= {"adversarial": adversarial, "adversarial_weight": share * weight}
-    return loss, {name: term.detach() for name, term in terms.items()}
+    return loss, terms
 
 
-def discriminator_loss(discriminator: Discriminator, pixels: Tensor,
-                       reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def discriminator_loss(discriminator: Discriminator, pixels: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict]:
     """The hinge loss and, for the log, the mean logits. The loss is 0 if all logits are above 1 on images and below -1
     on reconstructions. The reconstruction is detached: this loss gives the generator no gradient."""
     real, fake = discriminator(pixels), discriminator(reconstruction.detach())
     loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-    return loss, {"logits_real": real.mean().detach(), "logits_fake": fake.mean().detach()}
+    return loss, {"logits_real": real.mean(), "logits_fake": fake.mean()}

@@ -59,7 +59,7 @@ def add_config_flags(parser: Parser, names: list[str] | None = None) -> None:
         parser.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default tiny)")
     group = parser.add_argument_group("settings (P: the paper's)")
     for field in dataclasses.fields(Config):
-        if field.name in (names or comments) and field.name != "text_vocab":  # which follows from the merges
+        if field.name in names if names else field.name != "text_vocab":  # which follows from the merges
             group.add_argument("--" + field.name.replace("_", "-"), type=reader(field.type), metavar="X",
                                default=argparse.SUPPRESS, help=comments[field.name].replace("%", "%%"))
 

@@ -112,9 +112,9 @@ def report(cfg: Config, device: torch.device) -> str:
     """Parameters, operations, memory and hours of a training run, as text."""
     with torch.device("meta"):
         parameters = num_parameters(MAGVLT(cfg))
-    update = cfg.batch_size * sum(share * flops_of_update(cfg, task) for task, share in cfg.tasks.items())
+    update = cfg.batch_size * sum(share * flops_of_update(cfg, task) for task, share in cfg.task_shares.items())
     pairs = cfg.micro_batch or cfg.batch_size
-    one, two = (max(activation_bytes(cfg, task, n) for task in cfg.tasks) for n in (1, 2))
+    one, two = (max(activation_bytes(cfg, task, n) for task in cfg.task_shares) for n in (1, 2))
     state = (24 if world_size() > 1 else 20) * parameters  # several processes sum their gradients in one more copy
     activations = one + (pairs - 1) * (two - one)
     rate = matmul_flops(device, cfg.precision)
@@ -175,8 +175,8 @@ def benchmark(cfg: Config, device: torch.device, updates: int) -> Iterator[str]:
         return time.perf_counter() - started
 
     yield f"{'':8}{'seconds':10}{'samples/s':12}{'TFLOP/s':10}of {rate / 1e12:.3g}, the rate of matrix products here"
-    mean, commonest = 0.0, max(cfg.tasks, key=cfg.tasks.get)
-    for task, share in cfg.tasks.items():
+    mean, commonest = 0.0, max(cfg.task_shares, key=cfg.task_shares.get)
+    for task, share in cfg.task_shares.items():
         update(task)
         seconds = median(update(task) for _ in range(updates))
         reached = cfg.batch_size * flops_of_update(cfg, task) / seconds

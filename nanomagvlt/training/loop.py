@@ -62,7 +62,7 @@ class Stopped(Exception):
 
 
 class Interrupt:
-    """`with Interrupt() as stop:` the first Ctrl-C, SIGTERM or SIGUSR1 (the warning of schedulers) sets stop.came, which
+    """`with Interrupt() as stop:` the first Ctrl-C, SIGTERM or SIGUSR1 (a scheduler's warning) sets stop.came, which
     the loop reads after each update; a second signal ends the process at once."""
 
     def __init__(self, prints: bool = True):

@@ -10,6 +10,7 @@ project. sample.py reads both.
 """
 import hashlib
 import math
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,26 +24,18 @@ from nanomagvlt.tokenizers.vqgan import VQGAN
 from nanomagvlt.training import checkpoint
 from nanomagvlt.training.cli import Parser
 
-# Our names -> theirs. Several tensors of theirs are concatenated in this order. {i} is the number of a block.
+# Our names -> theirs. Several of theirs are concatenated in this order. {i} is a block's number, {p} weight or bias.
 TRANSFORMER = {
-    "tokens.weight": ("tok_emb.weight", "tok_emb_spc.weight"),
-    "positions.weight": ("pos_emb_img.pos_embed", "pos_emb_txt.pos_embed", "pos_emb_spc.pos_embed"),
-    "blocks.{i}.norm1.weight": ("blocks.{i}.ln1.weight",),
-    "blocks.{i}.norm1.bias": ("blocks.{i}.ln1.bias",),
-    "blocks.{i}.attention.qkv.weight": tuple(f"blocks.{{i}}.attn.{p}.weight" for p in ("query", "key", "value")),
-    "blocks.{i}.attention.qkv.bias": tuple(f"blocks.{{i}}.attn.{p}.bias" for p in ("query", "key", "value")),
-    "blocks.{i}.attention.proj.weight": ("blocks.{i}.attn.proj.weight",),
-    "blocks.{i}.attention.proj.bias": ("blocks.{i}.attn.proj.bias",),
-    "blocks.{i}.norm2.weight": ("blocks.{i}.ln2.weight",),
-    "blocks.{i}.norm2.bias": ("blocks.{i}.ln2.bias",),
-    "blocks.{i}.mlp.0.weight": ("blocks.{i}.mlp.0.weight",),
-    "blocks.{i}.mlp.0.bias": ("blocks.{i}.mlp.0.bias",),
-    "blocks.{i}.mlp.2.weight": ("blocks.{i}.mlp.2.weight",),
-    "blocks.{i}.mlp.2.bias": ("blocks.{i}.mlp.2.bias",),
-    "head.0.weight": ("lm_layer.linear.weight",),
-    "head.0.bias": ("lm_layer.linear.bias",),
-    "head.2.weight": ("lm_layer.ln.weight",),
-    "head.2.bias": ("lm_layer.ln.bias",),
+    "token_table.weight": ("tok_emb.weight", "tok_emb_spc.weight"),
+    "position_table.weight": ("pos_emb_img.pos_embed", "pos_emb_txt.pos_embed", "pos_emb_spc.pos_embed"),
+    "blocks.{i}.norm1.{p}": ("blocks.{i}.ln1.{p}",),
+    "blocks.{i}.attention.qkv.{p}": tuple(f"blocks.{{i}}.attn.{part}.{{p}}" for part in ("query", "key", "value")),
+    "blocks.{i}.attention.proj.{p}": ("blocks.{i}.attn.proj.{p}",),
+    "blocks.{i}.norm2.{p}": ("blocks.{i}.ln2.{p}",),
+    "blocks.{i}.mlp.0.{p}": ("blocks.{i}.mlp.0.{p}",),
+    "blocks.{i}.mlp.2.{p}": ("blocks.{i}.mlp.2.{p}",),
+    "head.0.{p}": ("lm_layer.linear.{p}",),
+    "head.2.{p}": ("lm_layer.ln.{p}",),
     "output_bias": ("lm_layer.output_bias",),
     "length.weight": ("length_predictor.weight",),
 }
@@ -55,8 +48,6 @@ CLIP_BPE = Path(__file__).parents[2] / "data" / "downloads" / "bpe_simple_vocab_
 
 def check_digest(path: str | Path, sha256: str) -> None:
     """Raises ValueError unless the file has this SHA-256 digest; "" allows any."""
-    if sha256 and not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file")
     if sha256:
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -73,11 +64,8 @@ def looks_published(path: str | Path) -> bool:
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The named tensors of a published checkpoint. Raises ValueError, one line, for any other file."""
     content = read_tensors(path, "a checkpoint", inert=PACKAGES)
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor)
-                                              for name, tensor in state.items()):
-        raise ValueError(f"{path}: has no state_dict of named tensors")
-    return state
+    with one_line_error(path, "has no state_dict of named tensors"):
+        return {str(name): tensor.detach() for name, tensor in content["state_dict"].items()}
 
 
 def select_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -93,24 +81,31 @@ def load_vqgan(path: str | Path) -> VQGAN:
 
 
 def load_magvlt(path: str | Path, heads: int = 0) -> tuple[MAGVLT, VQGAN]:
-    """The transformer and the VQ-GAN of the authors' file; heads 0: width / 128. Raises ValueError, one line."""
+    """The transformer and the VQ-GAN of the authors' file. Raises ValueError, one line.
+
+    The number of heads is in no tensor. heads 0: width / 128, as in both published models.
+    """
     state = read_state_dict(path)
-    theirs, vqgan = select_prefix(state, "model."), select_prefix(state, "model_vqvae.")
-    if unknown := [name for name in state if not name.startswith(("model.", "model_vqvae."))]:
-        raise ValueError(f"{path}: has an unknown tensor {unknown[0]!r}")
+    vqgan = select_prefix(state, "model_vqvae.")
+    theirs = {n.removeprefix("model."): t for n, t in state.items() if not n.startswith("model_vqvae.")}
     cfg = read_config(path, vqgan, theirs, heads)
     return (checkpoint.load_module(MAGVLT, cfg, to_ours(theirs, cfg.layers, path), path),
             checkpoint.load_module(VQGAN, cfg, vqgan, path))
 
 
-def to_ours(theirs: dict[str, Tensor], layers: int, path: str | Path = "checkpoint") -> dict[str, Tensor]:
+def their_names(layers: int) -> dict[str, list[str]]:
+    """For each tensor of our transformer, the names of theirs that make it."""
+    return {ours.format(i=i, p=p): [name.format(i=i, p=p) for name in theirs]
+            for (ours, theirs), i, p in product(TRANSFORMER.items(), range(layers), ("weight", "bias"))}
+
+
+def to_ours(theirs: dict[str, Tensor], layers: int, path: str | Path) -> dict[str, Tensor]:
     """The transformer's tensors under our names. Raises ValueError for a missing or an unknown tensor."""
     ours, theirs = {}, dict(theirs)
     with one_line_error(path, "not the tensors of a published MAGVLT"):
-        for name, sources in TRANSFORMER.items():
-            for i in range(layers if "{i}" in name else 1):
-                parts = [theirs.pop(source.replace("{i}", str(i))) for source in sources]
-                ours[name.replace("{i}", str(i))] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        for name, sources in their_names(layers).items():
+            parts = [theirs.pop(source) for source in sources]
+            ours[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
     if theirs:
         raise ValueError(f"{path}: has an unknown tensor {min(theirs)!r}")
     return ours
@@ -147,13 +142,14 @@ def count_children(state: dict[str, Tensor], prefix: str) -> int:
     return len({name.split(".")[0] for name in select_prefix(state, prefix)})
 
 
-def release_bpe(path: str | Path, cfg: Config) -> BPE:
-    """CLIP's merges, with the words of the authors' release. Raises ValueError if they do not fit the model."""
+def load_merges(path: str | Path, words: str, vocab_size: int) -> BPE:
+    """CLIP's merges. `words`: how texts are split, "clip" or "release". Raises ValueError if they do not fit a model of
+    this vocabulary."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such file; `python data/download.py clip-bpe` fetches CLIP's merges")
-    bpe = BPE.load(path, words="release")
-    if bpe.vocab_size != cfg.text_vocab:
-        raise ValueError(f"{path}: has {bpe.vocab_size:,} tokens, but the model has {cfg.text_vocab:,}")
+    bpe = BPE.load(path, words)
+    if bpe.vocab_size != vocab_size:
+        raise ValueError(f"{path}: has {bpe.vocab_size:,} tokens, but the model has {vocab_size:,}")
     return bpe
 
 
@@ -161,14 +157,13 @@ def release_bpe(path: str | Path, cfg: Config) -> BPE:
 
 def convert(args) -> None:
     """Writes a published checkpoint, or the VQ-GAN in it, in this project's format."""
-    check_digest(args.file, args.sha256)
     if args.only_vqgan:
         vqgan = load_vqgan(args.file)
         checkpoint.save(args.out, "vqgan", vqgan.cfg, step=0, vqgan=vqgan.state_dict())
     else:
-        model, vqgan = load_magvlt(args.file, args.heads)
+        model, vqgan = load_magvlt(args.file)
         checkpoint.save(args.out, "magvlt", model.cfg, step=0, model=model.state_dict(), vqgan=vqgan.state_dict(),
-                        bpe=release_bpe(args.bpe, model.cfg).to_text())
+                        bpe=load_merges(args.bpe, "release", model.cfg.text_vocab).to_text())
     print(f"{args.file} -> {args.out}")
 
 
@@ -177,8 +172,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="a published checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="the file to write, in this project's format")
     parser.add_argument("--bpe", type=Path, default=CLIP_BPE, help=f"CLIP's merges (default {CLIP_BPE})")
-    parser.add_argument("--heads", type=int, default=0, help="attention heads (default: width / 128)")
-    parser.add_argument("--sha256", default="", help="refuse a file with another SHA-256 digest")
     parser.add_argument("--only-vqgan", action="store_true", help="write a vqgan.pt to train with")
     parser.run(convert, parser.parse(argv))
 

@@ -3,7 +3,7 @@
 At first the VQ-GAN is a plain autoencoder. From update `vq_start` on, its features are quantised. From update
 `vq_discriminator_start` on, the discriminator is trained, and is part of the generator's loss.
 
-Shapes: B batch, n images, S image side, G tokens per side, N = G*G, c = codebook_dim.
+Shapes: B batch, n images, S image side, N tokens of an image, c = codebook_dim.
 """
 import math
 from collections.abc import Iterable
@@ -14,20 +14,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanomagvlt.config import VQGAN_FIELDS, Config
-from nanomagvlt.data import shapes
-from nanomagvlt.data.cache import Pair, rows_of_step, to_images, to_pixels
+from nanomagvlt.config import Config
+from nanomagvlt.data.cache import Pair, rows_of_step, to_pixels
+from nanomagvlt.io import one_line_error
 from nanomagvlt.model import num_parameters
 from nanomagvlt.rng import keyed_generator, keyed_seed
 from nanomagvlt.tokenizers import vqgan_loss
-from nanomagvlt.tokenizers.vqgan import VQGAN, Codebook, codebook_use, to_rows
+from nanomagvlt.tokenizers.vqgan import VQGAN, Codebook, codebook_use
 from nanomagvlt.training import checkpoint
 from nanomagvlt.training.loop import BAR, Interrupt, Log, Stopped, learning_rate, optimizer_for
 
 COMMITMENT_WEIGHT = 0.25   # of the commitment loss
 CODEBOOK_DECAY = 0.95      # of the codebook's moving averages, per update
 DISCRIMINATOR_WIDTH = 64   # channels of its first layer
-DISCRIMINATOR_RAMP = 200   # updates in which the discriminator's weight rises to 1
+DISCRIMINATOR_RAMP = 200   # updates in which the weight of the adversarial loss rises from 0 to 1
 
 
 def train_vqgan(cfg: Config, pairs: Iterable[Pair], path: Path, device: torch.device) -> VQGAN:
@@ -37,7 +37,7 @@ def train_vqgan(cfg: Config, pairs: Iterable[Pair], path: Path, device: torch.de
     step = trainer.load(path) if path.exists() else 0
     images = vqgan_images(cfg, pairs)                                                                # (n, S, S, 3)
     print(f"vqgan: {num_parameters(trainer.vqgan):,} parameters, {len(images):,} images"
-          + f", going on at step {step}" * (step > 0))
+          + (f", going on at step {step}" if step else ""))
     log = Log(path.parent / "vqgan_log.jsonl", step)
     with Interrupt() as stop, tqdm(total=cfg.vq_steps, initial=step, desc="vqgan", unit="step", **BAR) as bar:
         while step < cfg.vq_steps:
@@ -58,7 +58,6 @@ def train_vqgan(cfg: Config, pairs: Iterable[Pair], path: Path, device: torch.de
 
 def vqgan_images(cfg: Config, pairs: Iterable[Pair]) -> np.ndarray:
     """The images that train the VQ-GAN, uint8 (n, S, S, 3): those of the first `vq_images` pairs, then joined ones.
-
     MixSel trains the transformer on joined images, so the VQ-GAN must learn them: a share `vq_mixed` of the images is
     squeezed and joined with the next image, half of them left|right, half top|bottom."""
     pairs = list(islice(pairs, cfg.vq_images))
@@ -69,7 +68,7 @@ def vqgan_images(cfg: Config, pairs: Iterable[Pair]) -> np.ndarray:
 
 
 class VQGANTrainer:
-    """The VQ-GAN with its codebook, its losses and its optimisers; `parts` are what a checkpoint holds."""
+    """The VQ-GAN with its codebook, losses and optimisers. A checkpoint contains the state of each of the `parts`."""
 
     def __init__(self, cfg: Config, device: torch.device):
         self.cfg, self.vqgan = cfg, VQGAN(cfg).to(device)
@@ -85,38 +84,37 @@ class VQGANTrainer:
     def load(self, path: Path) -> int:
         """Resumes from a checkpoint and returns its step. Raises ValueError if it lacks a part or has other sizes."""
         content = checkpoint.load(path, "vqgan")
-        wrong = [name for name in VQGAN_FIELDS if getattr(content["config"], name) != getattr(self.cfg, name)]
-        if wrong := wrong + [name for name in ("step", *self.parts) if name not in content]:
-            raise ValueError(f"{path}: {wrong[0]} is missing or differs: give it with --vqgan, or take another --name")
-        for name, part in self.parts.items():
-            part.load_state_dict(content[name])
-        return content["step"]
+        with one_line_error(path, "training cannot go on: give it with --vqgan, or take another --name"):
+            for name, part in self.parts.items():
+                part.load_state_dict(content[name])
+            return content["step"]
 
 
 def update_vqgan(trainer: VQGANTrainer, images: np.ndarray, step: int) -> tuple[dict, torch.Tensor]:
     """One update of the generator and, once it counts, of the discriminator. Returns loss terms and codes (B, N)."""
     cfg, vqgan, codebook, device = trainer.cfg, trainer.vqgan, trainer.codebook, trainer.codebook.weight.device
-    quantise = step >= cfg.vq_start  # earlier the features move too fast: most of the codebook would fall out of use
     if step == cfg.vq_start:
         first = to_pixels(images[rows_of_step(0, min(512, len(images)), len(images), cfg.seed)]).to(device)
         with torch.no_grad():  # in parts, to save memory
             z = torch.cat([vqgan.features(part) for part in first.split(max(1, 2 ** 21 // cfg.image_size ** 2))])
-        codebook.start(to_rows(z), keyed_generator(cfg.seed, "codebook start"))
+        codebook.start(z.mT.flatten(0, 1), keyed_generator(cfg.seed, "codebook start"))
 
     pixels = to_pixels(images[rows_of_step(step, cfg.vq_batch, len(images), cfg.seed)]).to(device)   # (B, 3, S, S)
+    quantise = step >= cfg.vq_start  # earlier the features move too fast: most of the codebook would fall out of use
+    reconstruction, commitment, z, codes = vqgan(pixels, quantise)                                   # z (B, c, N)
+    share = min(1.0, (step + 1 - cfg.vq_discriminator_start) / DISCRIMINATOR_RAMP)
+    discriminator = trainer.discriminator if share > 0 else None
+    loss, terms = vqgan_loss.generator_loss(pixels, reconstruction, vqgan.decoder.conv_out.weight, trainer.perceptual,
+                                            discriminator, share)
     lr = learning_rate(step, cfg.vq_lr, 50, cfg.vq_steps)                                            # 50: warm-up
-    reconstruction, commitment, z, codes = vqgan(pixels, quantise)                                   # z (B, c, G, G)
-    share = vqgan_loss.adversarial_share(step, cfg.vq_discriminator_start, DISCRIMINATOR_RAMP)
-    loss, terms = vqgan_loss.generator_loss(pixels, reconstruction, vqgan.decoder.conv_out.weight,
-                                            trainer.discriminator, trainer.perceptual, share)
     optimizer_step(trainer.optimizer, loss + COMMITMENT_WEIGHT * commitment, lr)
     if quantise:
-        codebook.update(to_rows(z.detach()), codes.flatten(), keyed_generator(cfg.seed, "codebook", step))
-    if trainer.discriminator and share > 0:
-        loss, logits = vqgan_loss.discriminator_loss(trainer.discriminator, pixels, reconstruction)
+        codebook.update(z.detach().mT.flatten(0, 1), codes.flatten(), keyed_generator(cfg.seed, "codebook", step))
+    if discriminator:
+        loss, logits = vqgan_loss.discriminator_loss(discriminator, pixels, reconstruction)
         optimizer_step(trainer.discriminator_optimizer, loss, lr / 4)  # a quarter of the generator's: not tuned
         terms |= logits
-    return {**terms, "commitment": commitment.detach()}, codes
+    return {**terms, "commitment": commitment}, codes
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> None:
@@ -139,7 +137,3 @@ def report_vqgan(vqgan: VQGAN, cfg: Config, images: np.ndarray) -> None:
     psnr = 10 * math.log10(4 / (decoded.clamp(-1, 1) - pixels).square().mean().item())
     share, perplexity = codebook_use(codes, cfg.codebook_size)
     print(f"vqgan: PSNR {psnr:.1f} dB, {share:.0%} of {cfg.codebook_size} codes used, perplexity {perplexity:.1f}")
-    if level := shapes.level_of(cfg.data):
-        seen, truth = shapes.read_images(to_images(decoded), level), shapes.read_images(images[:500], level)
-        right = np.mean([s.is_clean and s.scene == t.scene for s, t in zip(seen, truth)])
-        print(f"vqgan: {right:.1%} of reconstructions judged right")

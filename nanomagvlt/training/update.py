@@ -96,7 +96,7 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, p
         for name, term in terms.items():
             means[name] = means.get(name, 0.0) + term / num_parts
     distributed.all_reduce_sum([p.grad for p in model.parameters() if p.grad is not None] + list(means.values()))
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()  # the only wait for the device
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()  # the only wait for the device
     if math.isfinite(norm):
         optimizer.step()
     return task, means, norm

@@ -68,7 +68,7 @@ def test_an_interrupted_download_continues(can_resume, server, tmp_path):
 
 
 def test_a_wrong_file_does_not_get_the_name(server, tmp_path):
-    with pytest.raises(ValueError, match=f"{DIGEST}, not {'0' * 64}"):
+    with pytest.raises(ValueError, match=DIGEST):
         module.download(server.url, tmp_path / "file", "0" * 64)
     assert list(tmp_path.iterdir()) == []
 

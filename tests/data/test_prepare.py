@@ -14,7 +14,7 @@ from nanomagvlt.data.cache import TokenCache
 from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.tokenizers.vqgan import VQGAN
 from nanomagvlt.training import checkpoint
-from test_sources import png, tar
+from test_sources import captioned, png, tar, write
 
 spec = importlib.util.spec_from_file_location("prepare_script", Path(__file__).parents[2] / "data" / "prepare.py")
 prepare = importlib.util.module_from_spec(spec)
@@ -29,12 +29,8 @@ def source(tmp_path, monkeypatch, cfg) -> str:
     noise = np.random.default_rng(0).integers(0, 255, (12, 20, 30, 3), dtype=np.uint8)
     Path("shards").mkdir()
     for shard in range(5):
-        tar(f"shards/{shard:05d}.tar", {f"{shard}{i:03d}.{suffix}": content for i in range(12) for suffix, content in
-                                        (("png", png(noise[i] ^ shard)), ("txt", f"{shard} {i}".encode()))})
-    Path("folder").mkdir()
-    for i in range(7):
-        Path(f"folder/{i}.png").write_bytes(png(size=(20, 20 + i)))
-        Path(f"folder/{i}.txt").write_text("a folder's")
+        tar(f"shards/{shard:05d}.tar", captioned({f"{shard}{i:03d}": png(noise[i] ^ shard) for i in range(12)}))
+    write(captioned({f"folder/{i}": png(size=(20, 20 + i)) for i in range(7)}))
     torch.manual_seed(0)
     checkpoint.save(Path("v.pt"), "vqgan", cfg, step=1, vqgan=VQGAN(cfg).state_dict())
     return "shards/{00000..00004}.tar,folder"
@@ -48,35 +44,39 @@ def run(source: str, out: str, *more: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def written(monkeypatch) -> list[str]:
+    """The names of the parts that were written, in this order."""
     names, write_part = [], cache.write_part
-    monkeypatch.setattr(prepare, "write_part", lambda path, *rest: write_part(path, *rest) or names.append(path.name))
+    monkeypatch.setattr(cache, "write_part", lambda path, *rest: write_part(path, *rest) or names.append(path.name))
     return names
 
 
 def test_stopped_anywhere_and_resumed_it_is_the_same_cache(source, written, monkeypatch):
-    whole = run(source, "whole", "--crops", "2", "--clean-captions")
-    assert TokenCache("whole").meta["pairs"] == 2 * (5 * 12 + 7) and len(written) == 7
+    flags = ("--crops", "2", "--clean-captions")
+    whole = run(source, "whole", *flags)
+    assert len(TokenCache(Path("whole"))) == 2 * (5 * 12 + 7) and len(written) == 7
     assert sorted(path.name for path in Path().iterdir() if "whole" in path.name) == ["whole"]
-    tokenise, calls = cache.tokenise, []
+    encode_images, calls = cache.encode_images, []
 
     def breaks_off(*args):
         calls.append(1)
-        if len(calls) in (1, 2, 4, 7, 9):
+        if len(calls) in (1, 3, 8, 17, 23):
             raise KeyboardInterrupt
-        return tokenise(*args)
-    monkeypatch.setattr(cache, "tokenise", breaks_off)
+        return encode_images(*args)
+    monkeypatch.setattr(cache, "encode_images", breaks_off)
     del written[:]
     for _ in range(5):
         with pytest.raises(SystemExit, match="130"):
-            run(source, "c", "--crops", "2", "--clean-captions")
+            run(source, "c", *flags)
         assert not Path("c").exists() and len(written) == len(list(Path("c.parts").glob("*.npz")))
     Path("c.parts", written[0] + ".77.tmp").write_bytes(b"half a part, of a process that was killed")
-    assert run(source, "c", "--crops", "2", "--clean-captions") == whole
+    assert run(source, "c", *flags) == whole
     assert len(written) == len(set(written)) == 7 and not Path("c.parts").exists()
-    Path("c.parts").mkdir()
-    Path("c.parts", written[0]).write_bytes(b"left by a process that was killed while it deleted the parts")
-    assert run(source, "c", "--crops", "2", "--clean-captions") == whole and len(written) == 7
-    assert not Path("c.parts").exists()
+
+
+def test_a_finished_cache_is_kept_and_leftover_parts_are_removed(source, written):
+    whole = run(source, "c")
+    write({f"c.parts/{written[0]}": b"left by a process that was killed while it deleted the parts"})
+    assert run(source, "c") == whole and len(written) == 7 and not Path("c.parts").exists()
 
 
 def test_shares_in_any_order_make_the_same_cache(source, written, monkeypatch):
@@ -90,38 +90,30 @@ def test_shares_in_any_order_make_the_same_cache(source, written, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE")
     assert len(written) == len(set(written)) == 7
     assert sorted(path.name for path in Path("c.parts").iterdir()) == sorted(written)
-    for name in ("tokens.bin.77.tmp", "captions.bin"):  # left by two processes that were killed while they joined
-        Path("c").mkdir(exist_ok=True)
-        Path("c", name).write_bytes(b"half")
+    write({"c/tokens.bin.77.tmp": b"", "c/captions.bin": b""})  # of two processes that were killed while they joined
     assert run(source, "c") == whole and len(written) == 7
 
 
 def test_parts_of_other_settings_or_changed_shards_are_not_used(source, written):
-    whole = run(source, "whole", "--crops", "1")
-    for more in ((), ("--crops", "1", "--seed", "1"), ("--crops", "1", "--clean-captions")):
+    for more in ((), ("--crops", "1"), ("--crops", "1", "--seed", "1"), ("--clean-captions",)):
         run(source, "c", "--part", "1/1", *more)
+    assert len(set(written)) == 4 * 7
     del written[:]
-    tar("shards/00002.tar", {"x.png": png(), "x.txt": b"new"})
-    assert run(source, "c", "--crops", "1") != whole and len(written) == 7
-    tar("shards/00003.tar", {"x.png": png(), "x.txt": b"newer"})
-    run(source, "d", "--part", "1/1")
-    tar("shards/00003.tar", {"x.png": png(), "x.txt": b"newest"})
-    del written[:]
-    run(source, "d")
-    assert len(written) == 1 and TokenCache("d").captions([25]) == ["newest"]
+    tar("shards/00002.tar", captioned({"new": png()}))
+    resumed = run(source, "c")
+    assert len(written) == 1 and resumed == run(source, "afresh")
 
 
 def test_a_bad_source_is_refused_and_repaired(written, capsys):
     sound = Path("shards/00001.tar").read_bytes()
-    Path("shards/00001.tar").write_bytes(sound[:4000])
-    Path("shards/00001_stats.json").write_text('{"successes": 12}')
+    write({"shards/00001.tar": sound[:4000], "shards/00001_stats.json": b'{"successes": 12}'})
     with pytest.raises(SystemExit, match="2"):
         run("shards", "c")
     assert "00001.tar" in capsys.readouterr().err and not Path("c").exists()
-    Path("shards/00001.tar").write_bytes(sound)
+    write({"shards/00001.tar": sound})
     del written[:]
     run("shards", "c")
-    assert len(written) == 1 and len(TokenCache("c")) == 60
+    assert len(written) == 1 and len(TokenCache(Path("c"))) == 60
 
 
 def test_a_damaged_part_is_named(source, capsys):
@@ -133,20 +125,19 @@ def test_a_damaged_part_is_named(source, capsys):
     assert str(part) in capsys.readouterr().err and not Path("c").exists()
 
 
-def test_inspect(capsys):
-    Path("folder/0.png").write_bytes(b"no image")
+def test_inspect_counts_measures_and_shows_the_samples_of_a_source(capsys):
+    write({"folder/0.png": b"no image"})
     BPE([]).save("bpe.txt")
-    prepare.main(["--inspect", "--source", "folder", "--bpe", "bpe.txt", "--text-length", "10", "--image-size", "24",
+    prepare.main(["--inspect", "--source", "folder", "--bpe", "bpe.txt", "--text-length", "8", "--image-size", "24",
                   "--batch-size", "4", "--vqgan", "v.pt"])
     out = capsys.readouterr().out
-    for text in ("6 images with 6 captions in 2 pieces", "bad: 1 of 7; left out: 1 x not an image; more than 5%",
-                 "20 to 20 (median 20) pixels; 0.0% ", "10 to 10 (median 10) tokens", "an epoch: 1.5 updates"):
+    for text in ("6 images with 6 captions in 2 pieces", "1 of 7", "1 x not an image", "20 to 20 (median 20) pixels",
+                 "0.0% are smaller", "9 to 9 (median 9) tokens", "100.0% are longer than 8", "1.5 updates"):
         assert text in out
-    sheet = np.asarray(Image.open("inspect.png"))
-    assert (sheet == (255, 0, 0)).all(-1).sum() == 6 * 160 ** 2
+    assert (np.asarray(Image.open("inspect.png")) == (255, 0, 0)).all(-1).sum() == 6 * 160 ** 2
     prepare.main(["--inspect", "--source", "folder", "--part", "2/2", "--image-size", "21", "--sheet", "b.png"])
     out = capsys.readouterr().out
-    for text in ("3 images with 3 captions in 1 piece,", "100.0% are smaller than 21", "(median 2) words", "b.png"):
+    for text in ("3 images", "100.0% are smaller than 21", "(median 1) words", "b.png"):
         assert text in out
 
 
@@ -157,7 +148,6 @@ def test_joining_before_encoding_changes_nothing_where_the_encoder_is_patchwise(
         torch.manual_seed(0)
         vqgan = VQGAN(dataclasses.replace(cfg, vq_patchwise=patchwise, vq_channels=8)).eval()
         assert (prepare.joining_changes(vqgan, pairs[:20]) == 0) == patchwise
-
 
 
 @pytest.mark.parametrize("argv, name", [

@@ -43,13 +43,13 @@ def test_words_by_hand(text, words):
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_scores_are_those_of_pycocoevalcap(name, shared):
-    path, tokenizer = shared / "data" / "coco_caption" / name, tokenize
+    path = shared / "data" / "coco_caption" / name
     if name == "nlg_eval":
         texts = [(path / f"{part}.txt").read_text().splitlines() for part in ("hyp", "ref1", "ref2")]
-        results, references, tokenizer = dict(enumerate(texts[0])), dict(enumerate(zip(*texts[1:]))), str.split
+        results, references = dict(enumerate(texts[0])), dict(enumerate(zip(*texts[1:])))
     else:
         results, references = pairs(path)
-    assert score_captions(results, references, tokenizer) == pytest.approx(dict(zip(NAMES, KNOWN[name])), abs=5.1e-7)
+    assert score_captions(results, references) == pytest.approx(dict(zip(NAMES, KNOWN[name])), abs=5.1e-7)
 
 
 def test_scores_of_single_images_are_exact(shared):
@@ -81,17 +81,8 @@ def test_an_equal_caption_has_the_highest_score_and_an_empty_one_the_lowest():
     texts = {1: "a man rides a brown horse", 2: "two dogs on a red sofa", 3: "an empty street at night"}
     references = {image: [text] for image, text in texts.items()}
     best = {**dict.fromkeys(NAMES, 1.0), "CIDEr": 10.0}
-    assert score_captions(texts, references) == pytest.approx(best)
     assert score_captions({image: texts[image] for image in (3, 1, 2)}, references) == pytest.approx(best)
     assert max(score_captions(dict.fromkeys(texts, ""), references).values()) < 1e-9
-
-
-def test_captions_and_references_must_be_of_the_same_images():
-    for results, references, word in (({}, {}, "no captions"), ({1: "a", 2: "b"}, {1: ["a"]}, "2"),
-                                      ({1: "a"}, {1: ["a"], "x": ["b"]}, "'x'"), ({7: "a"}, {7: []}, "7"),
-                                      ({7: "a"}, {7: ["a", "..."]}, "7")):
-        with pytest.raises(ValueError, match=word):
-            score_captions(results, references)
 
 
 def test_java_metrics_give_what_can_be_computed_and_a_note_on_the_rest(monkeypatch):

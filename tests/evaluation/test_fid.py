@@ -42,21 +42,14 @@ def test_features_and_logits_are_those_of_pytorch_fid(shared, state, model):
     with torch.inference_mode():
         features = model(gold["images"])
     assert (features - gold["features"]).abs().max() < 1e-4
-    assert (model.logits(features, bias=True) - gold["logits_1008"]).abs().max() < 1e-4
-    assert torch.allclose(model.logits(features) + state["fc.bias"], gold["logits_1008"], atol=1e-4)
+    assert (model.logits(features) + state["fc.bias"] - gold["logits_1008"]).abs().max() < 1e-4
 
 
-def test_uint8_images_give_the_features_of_their_pixels(model):
-    images = np.random.default_rng(0).integers(256, size=(2, 20, 20, 3), dtype=np.uint8)
-    features = inception_features(model, images)
-    pixels = torch.tensor(images / 255, dtype=torch.float32).permute(0, 3, 1, 2)
-    assert features.shape == (2, 2048) and torch.allclose(features, model(pixels), atol=1e-4)
-
-
-def test_large_images_are_resized_without_antialiasing(model):
+def test_large_uint8_images_are_resized_without_antialiasing(model):
     """At a third of the side, bilinear interpolation alone takes the middle of every three pixels."""
-    pixels = torch.rand(1, 3, 3 * 299, 3 * 299, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(model(pixels), model(pixels[..., 1::3, 1::3]), atol=1e-4)
+    images = np.random.default_rng(0).integers(256, size=(2, 3 * 299, 3 * 299, 3), dtype=np.uint8)
+    middle = torch.tensor(images[:, 1::3, 1::3] / 255, dtype=torch.float32).permute(0, 3, 1, 2)
+    assert torch.allclose(inception_features(model, images), model(middle), atol=1e-4)
 
 
 def test_blur_adds_the_variance_of_a_gaussian_with_deviation_k():
@@ -74,9 +67,7 @@ def test_blur_adds_the_variance_of_a_gaussian_with_deviation_k():
 
 
 def test_files_that_are_not_inceptions_weights_are_refused(state, tmp_path):
-    for content, word in (([1], "dictionary"), ({"fc.bias": state["fc.bias"]}, "missing"),
-                          ({**state, "AuxLogits.fc.weight": torch.zeros(1)}, "AuxLogits.fc.weight"),
-                          ({**state, "fc.bias": torch.zeros(1000)}, "fc.bias")):  # torchvision's has 1,000 classes
+    for content, word in (([1], "dictionary"), ({**state, "fc.bias": torch.zeros(1000)}, "fc.bias")):  # torchvision's
         torch.save(content, tmp_path / "a.pth")
         refused(load_inception, tmp_path / "a.pth", word)
 
@@ -103,14 +94,11 @@ def test_distance_in_closed_form():
     variance = 2 / 5                                                           # of each dimension of `axes`, unbiased
     assert frechet_distance(a, b) == pytest.approx(17 + variance * (2 ** 2 + 1.5 ** 2))
     assert frechet_distance(a, a) == 0
-    assert 0 <= frechet_distance(correlated(50, 1), correlated(50, 1)) < 1e-12
 
 
-def test_distance_needs_more_finite_images_than_features():
-    for a, b, word in ((correlated(6, 2), correlated(50, 1), "6 features"), (correlated(50, 1), torch.zeros(0, 6), "0"),
-                       (correlated(50, 1), torch.full((50, 6), math.nan), "NaN")):
-        with pytest.raises(ValueError, match=word):
-            frechet_distance(a, b)
+def test_features_that_are_not_finite_have_no_distance():
+    with pytest.raises(ValueError, match="NaN"):
+        frechet_distance(correlated(50, 1), torch.full((50, 6), math.nan))
 
 
 def test_inception_score_by_hand():
@@ -122,14 +110,9 @@ def test_inception_score_by_hand():
     by_hand = math.exp(sum(0.5 * q * math.log(q / mean) for row in p.tolist() for q, mean in zip(row, (0.7, 0.3))))
     assert inception_score(p.log() + 5, splits=1) == pytest.approx((by_hand, 0), rel=1e-6)
     assert inception_score(certain[:7], splits=2) == pytest.approx((3.5, 0.5))         # of 3 and of 4 images
-    with pytest.raises(ValueError, match="10 splits"):
-        inception_score(certain[:9])
 
 
 def test_clip_score_by_hand():
     images = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
     texts = torch.tensor([[5.0, 0.0], [0.0, -1.0], [0.0, 1.0]])
     assert clip_score(images, texts) == pytest.approx(100 * (1 + 0 + math.sqrt(0.5)) / 3)
-    for a, b in ((images, texts[:2]), (images, texts[:, :1]), (images[:0], texts[:0])):
-        with pytest.raises(ValueError, match="not pairs"):
-            clip_score(a, b)

@@ -8,7 +8,7 @@ from nanomagvlt.config import preset
 from nanomagvlt.data import shapes
 from nanomagvlt.evaluation.small_world import (
     evaluate_bias, evaluate_editing, evaluate_pairs, evaluate_scenes, names_the_objects, scene_table, share_over_scenes,
-    unseen_scenes, wilson)
+    unseen_scenes)
 from nanomagvlt.tokenizers.bpe import BPE
 
 TINY = shapes.get_level("tiny")
@@ -63,13 +63,13 @@ def test_unseen_scenes_are_of_the_test_split_each_once():
 
 
 def test_the_interval_is_wilsons_over_scenes():
-    """The ends are the shares p whose z statistic is 1.96."""
-    for share, n in ((0.3, 50), (0.9, 10), (0.5, 1000)):
-        for p in wilson(share, n):
-            assert abs(share - p) / (p * (1 - p) / n) ** 0.5 == pytest.approx(1.96)
-    assert wilson(0.0, 100)[0] == 0 and wilson(1.0, 100)[1] == pytest.approx(1)
-    share = share_over_scenes([1, 1, 1, 0, 0, 0, 0, 0], 2)
-    assert (share.value, (share.low, share.high)) == (0.375, wilson(0.375, 4))
+    """The ends are the shares p whose z statistic is 1.96; two values of one scene count once."""
+    for right, n in ((15, 50), (9, 10), (500, 1000)):
+        share = share_over_scenes([1, 1] * right + [0, 0] * (n - right), 2)
+        assert share.value == right / n
+        for p in (share.low, share.high):
+            assert abs(share.value - p) / (p * (1 - p) / n) ** 0.5 == pytest.approx(1.96)
+    assert share_over_scenes([0] * 100, 1).low == 0 and share_over_scenes([1] * 100, 1).high == pytest.approx(1)
 
 
 def test_objects_are_named_wherever_they_are():

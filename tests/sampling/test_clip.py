@@ -100,21 +100,18 @@ def test_tokens_are_truncated_before_the_end_token_and_padded_with_zeros():
     assert tokenize(bpe, ["", "az", "aaaaz", "aaaaaaaaaaz"], 7).tolist() == [
         [start, end, 0, 0, 0, 0, 0], [start, a, z, end, 0, 0, 0], [start, a, a, a, a, z, end],
         [start, a, a, a, a, a, end]]
-    assert tokenize(bpe, ["a"]).shape == (1, 77) and tokenize(bpe, []).shape == (0, 77)
-    with pytest.raises(ValueError, match="release"):
-        tokenize(BPE([], words="release"), ["a"])
 
 
 def test_a_tensor_that_is_missing_unknown_or_of_another_shape_is_refused(made, tmp_path):
     path = tmp_path / "a.pt"
-    for name, tensor in (
-            ("visual.conv1.weight", None), ("visual.ln_pre.bias", None), ("extra", torch.zeros(1)), (3, torch.zeros(1)),
-            ("visual.proj", torch.zeros(128, 23)), ("positional_embedding", torch.tensor(1.0)),
-            ("text_projection", "text"), *(("visual.conv1.weight", torch.zeros(shape))
-                                           for shape in ((128,), (100, 3, 8, 8), (64, 3, 0, 0)))):
+    for name, tensor, word in (
+            ("visual.conv1.weight", None, "conv1"), ("visual.ln_pre.bias", None, "ln_pre"),
+            ("extra", torch.zeros(1), "extra"), ("visual.proj", torch.zeros(128, 23), "visual.proj"),
+            (3, torch.zeros(1), "CLIP"), ("positional_embedding", torch.tensor(1.0), "CLIP"),
+            ("text_projection", "text", "CLIP"), ("visual.conv1.weight", torch.zeros(128), "CLIP")):
         state = {**made[0].state_dict(), name: tensor}
         torch.save({key: value for key, value in state.items() if value is not None}, path)
-        refused(load_clip, path, name if tensor is None or name in ("extra", "visual.proj") else "CLIP")
+        refused(load_clip, path, word)
 
 
 RUNS = b"\x80\x02cposix\nmkdir\n(X\x07\x00\x00\x00touchedtR."                # pickle.loads() runs os.mkdir("touched")

@@ -10,7 +10,7 @@ from nanomagvlt.sequence import build
 def test_attention_maps_are_the_attention_of_the_model(model, batch, monkeypatch):
     """With values that are 1 at the keys and 0 elsewhere, attention returns its own weights."""
     one = {name: tensor[-1:] for name, tensor in batch.items()}
-    _, traces = generate(model, "t2i", one, {"image": blank(model.cfg, "image", 1)[1]},
+    _, traces = generate(model, "t2i", one, {"image": blank(model.cfg, 1)[1]},
                          {"image": sampling_config(model.cfg, "image")}, torch.Generator().manual_seed(0))
     trace, where = traces["image"], build("t2i", model.cfg, one).slices
     weights, attend = [], F.scaled_dot_product_attention

@@ -10,7 +10,7 @@ import pytest
 
 from nanomagvlt.sequence import SEPARATOR
 from nanomagvlt.tokenizers.bpe import (BPE, CLIP_MERGES, END, START, clean, clean_caption, clean_written, merge,
-                                       split_clip, to_symbols)
+                                       to_symbols)
 
 CAPTIONS = ["A red circle above a blue circle.", "A big red square.", "The redder the circle, the better!"]
 
@@ -34,15 +34,12 @@ def test_training_and_encoding_equal_a_case_worked_by_hand():
     assert (bpe.vocab_size, bpe.end, bpe.decode([514, d, 516, 518, 518])) == (519, 518, "aaabdaaabac")
 
 
-def slow_merge(symbols: list[str], ranks: dict, dropout=0.0, rng=None) -> list[str]:
-    """Algorithm 1 of Provilkov et al. as it is printed."""
-    while True:
-        found = [(ranks[pair], i) for i, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
-        found = [entry for entry in found if not dropout or rng.random() >= dropout]
-        if not found:
-            return symbols
-        i = min(found)[1]
+def slow_merge(symbols: list[str], ranks: dict) -> list[str]:
+    """The best merge again and again, each time sought among all pairs."""
+    while found := [(ranks[pair], i) for i, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]:
+        _, i = min(found)
         symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2:]]
+    return symbols
 
 
 def test_training_and_merging_equal_slow_versions():
@@ -61,7 +58,7 @@ def test_training_and_merging_equal_slow_versions():
 
 
 def exact(symbols: tuple, ranks: dict, p: float) -> Counter:
-    """The probability of each result of algorithm 1, by trying all ways to drop merges."""
+    """The probability of each result of algorithm 1 of Provilkov et al., by trying all ways to drop merges."""
     found = sorted((ranks[pair], i) for i, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks)
     results = Counter({symbols: p ** len(found)})
     for better, (_, i) in enumerate(found):                          # applied if it is kept and all better ones dropped
@@ -74,44 +71,31 @@ def exact(symbols: tuple, ranks: dict, p: float) -> Counter:
 def test_dropout_is_distributed_as_in_its_paper():
     ranks, rng, n, p = {("a", "a"): 0, ("aa", "aa"): 1, ("a", "b</w>"): 2}, random.Random(3), 20_000, 0.3
     expected = exact(tuple(to_symbols("aaaaab")), ranks, p)
-    assert abs(sum(expected.values()) - 1) < 1e-9 and len(expected) > 8
-    for algorithm in (merge, slow_merge):
-        drawn = Counter(tuple(algorithm(to_symbols("aaaaab"), ranks, p, rng)) for _ in range(n))
-        assert set(drawn) <= set(expected)
-        for result, q in expected.items():
-            assert abs(drawn[result] / n - q) < 5 * (q * (1 - q) / n) ** 0.5 + 1e-9
+    drawn = Counter(tuple(merge(to_symbols("aaaaab"), ranks, p, rng)) for _ in range(n))
+    for result in drawn | expected:
+        q = expected[result]
+        assert abs(drawn[result] / n - q) < 5 * (q * (1 - q) / n) ** 0.5 + 1e-9
 
 
 def test_dropout_draws_from_its_generator_alone_and_keeps_the_text(small):
     text = "The reddest circle above, <|endoftext|> better than 8 squares: café"
-    plain, rng = small.encode(text), random.Random(2)
-    assert all(i < 512 or i == small.end for i in small.encode(text, 1.0, rng))      # a special token is not split
+    plain, characters = small.encode(text), small.encode(text, 1.0, random.Random(2))
+    assert all(i < 512 or i == small.end for i in characters)                        # a special token is not split
     draws, again = ([small.encode(text, 0.3, random.Random(seed)) for seed in range(50)] for _ in range(2))
     assert draws == again and len({tuple(ids) for ids in draws}) > 25
     assert {small.decode(ids) for ids in draws} == {small.decode(plain)}
     assert small.encode(text) == plain                                               # no draw is in the cache
-    for p, generator in ((0.1, None), (-0.1, rng), (1.1, rng), (float("nan"), rng)):
-        with pytest.raises(ValueError, match="dropout"):
-            small.encode(text, p, generator)
 
 
 def test_any_text_is_encoded_and_decoded(small):
-    rng, stable, release = random.Random(4), 0, BPE(small.merges, "release")
-    ranges = [(0, 0x30), (0x20, 0x7f), (0x80, 0x250), (0x2000, 0x2100), (0x4e00, 0x4f00), (0x1f300, 0x1f700),
-              (0xd7f0, 0xe010), (0xfff0, 0x10010), (0, 0x110000)]        # with lone surrogates
+    rng, release = random.Random(4), BPE(small.merges, "release")
+    ranges = [(0, 0x80), (0, 0x250), (0x2000, 0x2100), (0xd7f0, 0xe010), (0, 0x110000)]      # with lone surrogates
     texts = ["".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randint(0, 12))) for _ in range(2000)]
     for text in [*texts, "\ud800", "&#xD800;", "\x00", "</w>", "a</w>b", "Ġ"]:
         expected = clean(text).replace(START, "").replace(END, "").encode("utf-8", "replace").decode()
-        decoded = small.decode(ids := small.encode(text))
-        assert decoded.replace(" ", "") == expected.replace(" ", "")
-        if clean(decoded) == decoded and split_clip(decoded) == split_clip(text):
-            stable += 1
-            assert small.encode(decoded) == ids
-        release.encode(text)
-    assert stable > 1000
+        assert small.decode(small.encode(text)).replace(" ", "") == expected.replace(" ", "")
+        release.decode(release.encode(text))
     assert small.decode([SEPARATOR]) == "|"                              # between the captions of MixSel
-    with pytest.raises(ValueError, match="vocabulary"):
-        small.decode([-1])
 
 
 def test_padding_adds_end_tokens_if_there_is_space(small):
@@ -124,11 +108,9 @@ def test_padding_adds_end_tokens_if_there_is_space(small):
 @pytest.mark.parametrize("words", ["clip", "release"])
 def test_a_saved_file_gives_the_same_tokenizer(small, tmp_path, words):
     bpe = BPE(small.merges, words)
-    for name in ("bpe.txt", "bpe.txt.gz"):
-        bpe.save(tmp_path / name)
-        same = BPE.load(tmp_path / name)
-        assert (same.merges, same.words, same.ids) == (bpe.merges, words, bpe.ids)
-    assert (tmp_path / "bpe.txt.gz").read_bytes()[:2] == b"\x1f\x8b"
+    bpe.save(tmp_path / "bpe.txt")
+    same = BPE.load(tmp_path / "bpe.txt")
+    assert (same.merges, same.words, same.ids) == (bpe.merges, words, bpe.ids)
 
 
 def test_broken_files_are_refused(small, tmp_path):

@@ -63,7 +63,7 @@ def test_the_gradient_is_the_mean_of_the_parts(monkeypatch):
         loss, of_part = objectives.losses(fresh, update.draw_task(cfg, 0), batch, rng)
         (loss / 4).backward()
         means = {name: means.get(name, 0.0) + term / 4 for name, term in of_part.items()}
-    torch.nn.utils.clip_grad_norm_(fresh.parameters(), cfg.clip)
+    torch.nn.utils.clip_grad_norm_(fresh.parameters(), cfg.grad_clip)
     assert gradients_agree(gradients(fresh), gradients(model))
     assert all(torch.allclose(means[name], terms[0][name]) for name in terms[0]) and means.keys() == terms[0].keys()
 
