@@ -38,8 +38,7 @@ def eval_scenes(args) -> dict:
     """T2I and I2T exact, single facts, length, and reconstruction (T2I's ceiling), each with its 95% interval."""
     pipeline, level = load(args)
     results = small_world.evaluate_scenes(pipeline, level, args.num_scenes, args.phrasings, args.seed)
-    print(small_world.scene_table(results))
-    return small_world.as_json(results)
+    return small_world.show(results)
 
 
 def eval_edit(args) -> dict:
@@ -51,8 +50,7 @@ def eval_edit(args) -> dict:
     results |= {"t2i": whole["t2i_exact"], "i2t": whole["i2t_exact"]}
     if "it2it" in pipeline.cfg.task_shares:
         results |= small_world.evaluate_pairs(pipeline, level, args.num_pairs, args.seed)
-    print(f"{results['scenes']} unseen scenes, {args.phrasings} phrasings each; exact, 95% intervals over scenes")
-    return show(results)
+    return small_world.show(results)
 
 
 def eval_bias(args) -> dict:
@@ -61,8 +59,7 @@ def eval_bias(args) -> dict:
     if not level.bias:
         raise ValueError(f"shapes:{level.name} is not biased: bias needs a model trained on shapes:tiny-biased, say")
     results = small_world.evaluate_bias(pipeline, level, args.num_scenes, args.phrasings, args.seed)
-    print(f"objects of {results['scenes']} unseen scenes without usual colours; 95% intervals over scenes")
-    return show(results)
+    return small_world.show(results)
 
 
 def eval_sweep(args) -> list[dict]:
@@ -121,14 +118,6 @@ def load(args) -> tuple[Pipeline, shapes.Level]:
         raise ValueError(f"{path} was trained on {pipeline.cfg.data}: {args.what} needs a model of shapes")
     print(f"{path} on {pipeline.device}: {pipeline.cfg.data}")
     return pipeline, level
-
-
-def show(results: dict) -> dict:
-    """Prints the shares, under the names that small_world.py explains. Returns the results as plain values."""
-    for name, value in results.items():
-        if isinstance(value, small_world.Share):
-            print(f"{name:28}{value}")
-    return small_world.as_json(results)
 
 
 # Each prints what it measures; what it returns, if anything, is written to --out.

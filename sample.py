@@ -28,12 +28,9 @@ from nanomagvlt.decoding import Step
 from nanomagvlt.rng import keyed_generator
 from nanomagvlt.sampling import clip, edit, visualize
 from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, load_pipeline
-from nanomagvlt.tokenizers.bpe import clean_written
 from nanomagvlt.training import checkpoint, pretrained
 from nanomagvlt.training.cli import Parser, add_config_flags, given_settings, positive, reader
 
-
-# ---------------------------------------------------------------------------------------------- what is made
 
 def make_pictures(args, pipeline: Pipeline, generator: torch.Generator, scorer) -> None:
     """Draws the prompt or, in a given image, a part of it."""
@@ -71,7 +68,7 @@ def make_captions(args, pipeline: Pipeline, generator: torch.Generator, scorer) 
     text_tokens, lengths, trace = pipeline.write_tokens(image_tokens, generator, *known_text(args, pipeline, count))
     captions = pipeline.read_texts(text_tokens, lengths, cut=args.text is None)
     seconds = (time.monotonic() - started) / count
-    lines = [printable(clean_written(caption) if args.clean else caption) for caption in captions]
+    lines = [printable(caption) for caption in captions]
     print(f"{count} x {args.image} ({seconds:.2f} s a caption):")
     if scorer:
         best, scores = choose(scorer(picture, captions), args.num_samples)
@@ -94,8 +91,6 @@ def make_pairs(args, pipeline: Pipeline, generator: torch.Generator) -> None:
     if args.trace:
         print_steps(pipeline, traces["text"], lengths)
 
-
-# ---------------------------------------------------------------------------------------------- what is given
 
 def read_image(path: Path) -> Image.Image:
     try:
@@ -164,8 +159,6 @@ def choose(scores: np.ndarray, count: int) -> tuple[np.ndarray, list[str]]:
     return best, [f"{scores[i]:.3f}" for i in best]
 
 
-# ---------------------------------------------------------------------------------------------- what is shown
-
 def step_sheets(args, pipeline: Pipeline, trace: list[Step], words: range = range(0)) -> dict[str, list[Image.Image]]:
     """The pictures that --trace and --attention ask for, by name: the steps of the first drawing, and its attention to
     the prompt's tokens at `words`."""
@@ -209,7 +202,7 @@ NEEDS = (("text", "image together"), ("region mask keep", "image"), ("region mas
          ("candidates", "clip judge"), ("clip judge", "candidates"))
 # Each flag on the left goes with none of those on the right.
 EXCLUDES = (("prompt", "text together"), ("region", "mask keep"), ("mask", "keep"), ("clip", "judge"),
-            ("candidates", "text together trace attention"), ("clean", "prompt text together"))
+            ("candidates", "text together trace attention"))
 
 
 def check_flags(args) -> None:
@@ -237,7 +230,6 @@ def sample(args) -> None:
     """Does what the flags ask for. Raises ValueError or OSError, before anything is written."""
     check_flags(args)
     path = args.checkpoint or checkpoint.newest()
-    pretrained.check_digest(path, args.sha256)  # before anything in the file is read
     pipeline = load_pipeline(path, args.device, args.bpe)
     if pipeline.cfg.model == "argvlt" and (args.together or args.trace or args.attention):
         raise ValueError(f"{path} is an ARGVLT, without decoding steps: it has no --together, --trace or --attention")
@@ -263,8 +255,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="same seed, same device, same result (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the PNG to write (default samples.png)")
-    parser.add_argument("--clean", action="store_true",
-                        help="captions end at the first full stop and repeat no word, as in the authors' release")
     group = parser.add_argument_group("the part of --image to draw again (default: the middle of its rows and columns)")
     group.add_argument("--region", type=reader(tuple[int, ...]), metavar="X0,Y0,X1,Y1", help="a box in its pixels")
     group.add_argument("--mask", type=Path, help="an image file of its size, white in the part to draw again")
@@ -279,7 +269,6 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--attention", metavar="WORD", help="write the attention to a word: OUT-attention.png")
     group = parser.add_argument_group("for the authors' published checkpoints, and for --clip")
     group.add_argument("--bpe", type=Path, default=pretrained.CLIP_BPE, help="CLIP's merges (default: as downloaded)")
-    group.add_argument("--sha256", default="", help="refuse a file that has another digest")
     add_config_flags(parser, DECODING)
     parser.run(sample, parser.parse(argv))
 

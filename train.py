@@ -45,9 +45,8 @@ from nanomagvlt.training.cli import Parser, add_config_flags, config_from_args, 
 from nanomagvlt.training.distributed import print_rank0
 from nanomagvlt.training.loop import BAR, Clock, FiniteCheck, Interrupt, Log, Stopped, optimizer_for
 from nanomagvlt.training.train_vqgan import train_vqgan
-from nanomagvlt.training.update import Meter, Parts, compiled_score, method_of, update_ema, update_model
+from nanomagvlt.training.update import Parts, compiled_score, method_of, update_ema, update_model
 
-REFERENCES = Path(__file__).parent / "data" / "results"
 STAGES = ("vqgan", "cache", "bpe", "model")
 
 
@@ -71,8 +70,8 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
                         optimizer=optimizer.state_dict(), skipped=[is_finite.skipped, is_finite.in_a_row],
                         **clock.read())
 
-    parts, meter, score = Parts(cfg, caches["train"], bpe, device), Meter(cfg, device), compiled_score(cfg)
-    log, reference = Log(run / "log.jsonl" if is_first else Path(os.devnull), step), reference_losses(cfg)
+    parts, score, recent = Parts(cfg, caches["train"], bpe, device), compiled_score(cfg), {}
+    log = Log(run / "log.jsonl" if is_first else Path(os.devnull), step)
     with Interrupt(is_first) as stop, tqdm(total=cfg.steps, initial=step, desc="model", unit="step",
                                            disable=not is_first, **BAR) as bar:
         while step < cfg.steps:
@@ -81,19 +80,19 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
                 step += 1
                 if is_finite(norm, step):
                     update_ema(averaged, model, min(cfg.ema, step / (step + 10)))
-            meter.count(clock.last)
             bar.update()
             if step % cfg.log_every == 0:
                 values = {name: term.item() for name, term in terms.items()}
                 log.write(step=step, **clock.read(), task=task, lr=optimizer.param_groups[0]["lr"], norm=norm,
                           skipped=is_finite.skipped, **values)
-                bar.set_postfix_str(meter.read(task, values), refresh=False)
+                recent[task] = f"{task} " + " ".join(f"{value:.3f}" for value in values.values())
+                bar.set_postfix_str(", ".join(sorted(recent.values())), refresh=False)
             is_last = step == cfg.steps
             if (step % cfg.eval_every == 0 or is_last) and "val" in caches and is_first:
                 val = validate(averaged, cfg, caches["val"], bpe)
                 log.write(step=step, **clock.read(), **{f"val_{name}": value for name, value in val.items()})
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in val.items())
-                tqdm.write(f"step {step:,}: validation {shown}" + reference.get(step, ""))
+                tqdm.write(f"step {step:,}: validation {shown}")
                 if val[method_of(cfg).MAIN_TERM] < best:
                     best = val[method_of(cfg).MAIN_TERM]
                     save("best.pt")
@@ -138,18 +137,6 @@ def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[st
                 if name == method.MAIN_TERM:
                     sums[name] += term.item() / batches * share
     return dict(sums)
-
-
-def reference_losses(cfg: Config) -> dict[int, str]:
-    """For each validation step, a note with the loss of the run in data/results that has the same settings, if any."""
-    may_differ, notes = {*MAY_CHANGE, "seed", "text_vocab"} - {"steps"}, {}
-    for path in REFERENCES.glob("*/config.json"):
-        theirs = with_defaults(path)
-        if all(value == theirs[name] or name in may_differ for name, value in as_json(cfg).items()):
-            records = map(json.loads, (path.parent / "log.jsonl").read_text().splitlines())
-            notes |= {record["step"]: f" (mask {record['val_mask']:.3f} in data/results/{path.parent.name})"
-                      for record in records if "val_mask" in record}
-    return notes
 
 
 def save_samples(pipeline: Pipeline, cache: TokenCache, path: Path) -> None:
@@ -248,9 +235,7 @@ def run_stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
     minutes = (time.monotonic() - started) / 60
     print(f"trained in {minutes:.1f} minutes -> {run / 'last.pt'}; samples in {run / 'samples'}/")
     if cfg.eval_scenes and (level := shapes.level_of(cfg.data)):
-        results = small_world.evaluate_scenes(pipeline, level, cfg.eval_scenes)
-        print(small_world.scene_table(results))
-        write_json(run / "scenes.json", small_world.as_json(results))
+        write_json(run / "scenes.json", small_world.show(small_world.evaluate_scenes(pipeline, level, cfg.eval_scenes)))
     print('now try: python sample.py --prompt "..."')
 
 
@@ -280,16 +265,11 @@ def missing_inputs(cfg: Config, run: Path, args) -> str:
     return ""
 
 
-def with_defaults(path: Path) -> dict:
-    """The settings in a config.json; a setting that did not exist when it was written has its default."""
-    return as_json(Config()) | json.loads(path.read_text())
-
-
 def check_run_config(cfg: Config, run: Path) -> None:
     """Creates the run's folder, or checks that it was begun with the same settings. Raises ValueError."""
     path, settings = run / "config.json", as_json(cfg)
     if path.exists():
-        before = with_defaults(path)
+        before = as_json(Config()) | json.loads(path.read_text())  # a setting newer than the run had its default
         changed = [name for name in settings if settings[name] != before[name] and name not in MAY_CHANGE]
         if changed and any(file != path for file in run.iterdir()):  # else nothing was done there yet
             name = changed[0]
@@ -311,7 +291,7 @@ def start(cfg: Config, run: Path, device: torch.device, args) -> None:
     print_rank0(f"{device} ({threads} CPU thread{'s' * (threads > 1)}), {f'{processes} processes, ' * (processes > 1)}"
                 f"preset {args.preset}, transformer of at most {size:,} parameters -> {run}/")
     if args.dry_run:
-        print_rank0(cost.report(cfg, device))
+        print_rank0(cost.report(cfg))
     if args.benchmark:
         for line in cost.benchmark(cfg, device, args.benchmark):
             print_rank0(line)

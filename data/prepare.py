@@ -12,7 +12,6 @@ A run that was stopped or killed goes on with the same command. Many processes s
 
   python data/prepare.py --inspect --source 'shards/*.tar'     describes a source; no VQ-GAN is needed
 """
-import math
 import random
 import sys
 import textwrap
@@ -21,20 +20,19 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere, without installing
 
 from nanomagvlt.data import cache
-from nanomagvlt.data.sources import MAX_BAD_SHARE, Pair, as_pairs, left_out, pieces_of, usable
+from nanomagvlt.data.sources import MAX_BAD_SHARE, as_pairs, left_out, pieces_of, usable
 from nanomagvlt.sampling.pipeline import contact_sheet, pick_device
 from nanomagvlt.tokenizers.bpe import BPE, clean_caption
 from nanomagvlt.training import checkpoint
 from nanomagvlt.training.cli import Parser, positive
 from nanomagvlt.training.distributed import parse_part, share_of_work
 
-NUM_KEPT, NUM_SHOWN = 128, 24  # samples that --inspect draws at random; those of them on its sheet
+NUM_SHOWN = 24  # samples on the sheet of --inspect, drawn at random
 
 
 def prepare(args) -> None:
@@ -59,8 +57,6 @@ def prepare(args) -> None:
     print(f"{len(made):,} pairs -> {args.out}{left_out(Counter(made.meta['counts']))}")
 
 
-# ---------------------------------------------------------------------------------------------- looking first
-
 def inspect(args) -> None:
     """Reads a source, or a --part of it, as training would, and prints what it contains."""
     vqgan = args.vqgan and checkpoint.load_vqgan(args.vqgan)
@@ -75,8 +71,8 @@ def inspect(args) -> None:
             captions = [clean_caption(caption) if args.clean_captions else caption for caption in captions]
             lengths += [len(bpe.encode(caption)) + 1 if bpe else len(caption.split()) for caption in captions]
             sides.append(min(image.size))
-            slot = i if i < NUM_KEPT else rng.randrange(i + 1)  # reservoir sampling: all samples are equally likely
-            if slot < NUM_KEPT:
+            slot = i if i < NUM_SHOWN else rng.randrange(i + 1)  # reservoir sampling: all samples are equally likely
+            if slot < NUM_SHOWN:
                 kept[slot:slot + 1] = as_pairs(key, captions[:1], image, side)
     total, rate = sum(counts.values()), len(sides) / (time.perf_counter() - started)
     print(f"{len(sides):,} images with {len(lengths):,} captions in {len(pieces):,} pieces, read at {rate:.0f}/s")
@@ -88,38 +84,15 @@ def inspect(args) -> None:
     print(f"captions: {spread(lengths)} " + (
         f"tokens with the end token; {long:.1%} are longer than {args.text_length} and would be cut" if bpe
         else "words (with --bpe FILE: tokens, and how many are cut)"))
-    print(f"an epoch: {len(lengths) / args.batch_size:,.1f} updates of {args.batch_size:,} pairs")
-    if vqgan and len(kept) > 1:
-        print(f"MixSel: {joining_changes(vqgan, kept):.1%} of the tokens change if the two images are joined before "
-              f"they are encoded ({len(kept)} images)")
-    shown = kept[:NUM_SHOWN]
-    labels = [textwrap.shorten(pair.caption, 100, placeholder=" ...") for pair in shown]
-    contact_sheet(np.stack([pair.image for pair in shown]), labels, columns=6).save(args.sheet)
-    print(f"{len(shown)} random samples -> {args.sheet}")
+    labels = [textwrap.shorten(pair.caption, 100, placeholder=" ...") for pair in kept]
+    contact_sheet(np.stack([pair.image for pair in kept]), labels, columns=6).save(args.sheet)
+    print(f"{len(kept)} random samples -> {args.sheet}")
 
 
 def spread(values: list[int]) -> str:
     low, median, high = np.percentile(values, [0, 50, 100]).astype(int)
     return f"{low} to {high} (median {median})"
 
-
-@torch.inference_mode()
-def joining_changes(vqgan, pairs: list[Pair]) -> float:
-    """The share of a joined image's tokens that differ from the cache, which has each half encoded alone.
-
-    They differ because the encoder sees over the seam, unless it is patch-wise, and group norms see the whole image.
-    """
-    g, changed = math.isqrt(vqgan.cfg.image_tokens), []
-    for name, rows, axis in (("tall", g, 2), ("wide", g // 2, 1)):
-        first = np.stack([getattr(pair, name) for pair in pairs])                                    # (B, h, w, 3)
-        second = np.roll(first, 1, axis=0)
-        joined = vqgan.encode(cache.to_pixels(np.concatenate([first, second], axis)))                      # (B, N)
-        apart = [vqgan.encode(cache.to_pixels(half)).unflatten(1, (rows, -1)) for half in (first, second)]
-        changed.append(torch.cat(apart, axis).flatten(1) != joined)
-    return torch.cat(changed).float().mean().item()
-
-
-# ---------------------------------------------------------------------------------------------- the command line
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="data/prepare.py", description=__doc__)
@@ -142,7 +115,6 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--bpe", type=Path, help="merges: caption lengths in tokens instead of words")
     group.add_argument("--text-length", type=positive, default=64, help="text tokens that fit (default 64)")
     group.add_argument("--image-size", type=positive, default=256, help="pixels a side, without --vqgan (default 256)")
-    group.add_argument("--batch-size", type=positive, default=4096, help="pairs an update (default 4096)")
     group.add_argument("--sheet", type=Path, default="inspect.png", help="the image to write (default inspect.png)")
     args = parser.parse(argv)
     required = ["source"] if args.inspect else ["source", "vqgan", "out"]

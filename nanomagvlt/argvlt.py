@@ -2,8 +2,8 @@
 
 This is the model to which the paper compares MAGVLT. The sequence has the same layout, no token is masked, and each
 position attends only to itself and to the positions before it. The model learns to predict the next token, and
-generates one token after the other. There is no it2it, and no predicted length: the end token is one of the tokens. It
-uses only the tokens before the current one, also of an image or a text that is partly given.
+generates one token after the other. There is no it2it, and no predicted length: the end token is one of the tokens. Of
+a partly given image or text, too, it sees only the tokens before the current one.
 
 The state at a position predicts the token of the next position. next_states() moves all states one position to the
 right: then the state at a position predicts the token of this position, and the rest of the code is as in MAGVLT.
@@ -19,7 +19,7 @@ from torch import Tensor
 from nanomagvlt.decoding import SamplingConfig
 from nanomagvlt.masking import sample
 from nanomagvlt.model import KVCache
-from nanomagvlt.objectives import Batch, Terms, autocast, masked_cross_entropy
+from nanomagvlt.objectives import Batch, Logits, Terms, autocast, masked_cross_entropy
 from nanomagvlt.rng import Rng, random_rows
 from nanomagvlt.sequence import KIND, TASKS, Sequence, build
 
@@ -37,7 +37,7 @@ def losses(model, task: str, batch: Batch, rng: Rng, run: Callable | None = None
     return total_loss(model.cfg, **terms), terms
 
 
-def run_pass(model, name: str, seq: Sequence, targets: Batch, score: Callable | None = None) -> tuple[Terms, Batch]:
+def run_pass(model, name: str, seq: Sequence, targets: Batch, score: Callable | None = None) -> tuple[Terms, Logits]:
     """The one pass through the model: its terms, and no logits. `name` is not used."""
     with autocast(model.cfg, seq.token_ids.device):
         generated, condition = (score or score_pass)(model, seq, targets)
@@ -67,7 +67,7 @@ def next_token(model, seq: Sequence, columns: Tensor, cache: KVCache | None, kin
                uniform: Tensor) -> Tensor:
     """Reads the columns (L',), and samples the token (B,) after the last of them, by uniform numbers (B, 1)."""
     states = model(seq, columns, cache)                                                              # (B, L', D)
-    logits = model.logits(states[:, -1:], kind) / temperature                                        # (B, 1, V)
+    logits = model.logits(states[:, -1:], kind).float() / temperature                                        # (B, 1, V)
     return sample(logits, uniform, top_k)[0][:, 0]
 
 

@@ -1,9 +1,9 @@
 """Every setting, once, in one flat dataclass.
 
-A preset is a small table of differences from the defaults below. Every field is a flag of train.py: `width` is
-`--width`, `vq_steps` is `--vq-steps`; the comment after a field is also the flag's help. An unknown name is an error
-that offers the nearest one. In a comment, `P` is the setting of the paper (MAGVLT, CVPR 2023), and `R` the setting of
-the authors' released code, where the paper gives none. Read on in masking.py.
+A preset is a small table of differences from the defaults below. Every field but text_vocab is a flag of train.py:
+`width` is `--width`, `vq_steps` is `--vq-steps`; the comment after a field is also the flag's help. An unknown name is
+an error that offers the nearest one. In a comment, `P` is the setting of the paper (MAGVLT, CVPR 2023), and `R` the
+setting of the authors' released code, where the paper gives none or another. Read on in masking.py.
 """
 import dataclasses
 import difflib
@@ -41,7 +41,7 @@ class Config:
     bpe_merges: int = 100                    # merges to train; vocabulary: 2 x 256 bytes + merges + 2 special; P 48,894
     clean_captions: bool = False             # the release's clean-up of captions, before the cache; R yes
     bpe_dropout: float = 0.0                 # share of merges left undone in training; P 0.1
-    text_vocab: int = 0                      # V_T: size of the text vocabulary, from the merges; P 49,408
+    text_vocab: int = 0                      # V_T: size of the text vocabulary; 0: from bpe_merges; P 49,408
     # Image tokens: the VQ-GAN, in taming-transformers' terms
     vqgan: str = ""                          # a trained VQ-GAN; empty: train one on the images
     codebook_size: int = 128                 # V_I: image vocabulary; P 16,384
@@ -70,22 +70,22 @@ class Config:
     width: int = 128                         # D; P 1024
     heads: int = 4                           # H; P 8
     dropout: float = 0.0                     # on residuals and attention; P 0.1
-    init_std: float = 0.09                   # weights and positions start as N(0, init_std); R 0.02
+    init_std: float = 0.09                   # weights start as N(0, init_std); R 0.02
     position_init: str = "sincos"            # positions start as N(0, init_std) (normal) or as sines; R normal
     # Objective (eq. 6)
     task_weights: dict[str, float] = per_task(t2i=2.0, i2t=2.0, it2it=1.0)  # how often each is drawn; P 8, 1, 1
     length_weight: float = 0.1               # lambda_TL; P 0.01
-    length_pass: str = "own"                 # pass that learns the length: main, or own, which hides it; R main
+    length_pass: str = "own"                 # the length is learned in the main pass, or in its own pass; R main
     length_positions: int = 1                # masked text positions from which the length is predicted; R 16
-    unroll_mask: bool = False                # UnrollMask (section 3.3): one more pass in T2I and I2T; P true
+    unroll_mask: bool = False                # UnrollMask (section 3.3): one more pass, not in IT2IT; P true
     unroll_weight: float = 1.0               # lambda_UM; P 1
     unroll_text: str = "masked"              # text positions that UnrollMask may mask again: masked (before), or all
     mixsel: str = "off"                      # MixSel (section 3.4): off, select, or random (the control); P select
     mixsel_weight: float = 0.5               # lambda_MS; P 0.5
-    mixsel_separators: int = 2               # tokens between two mixed captions; P 1, its release 2
+    mixsel_separators: int = 2               # tokens between two mixed captions; P 1, R 2
     it2it_ratio: str = "opposite"            # mask ratios of image and text: opposite, or the same; R opposite
     label_smoothing: float = 0.0             # P 0.1
-    condition_dropout: float = 0.0           # share of T2I's captions left out, as guidance needs (0.1, say); P 0
+    condition_dropout: float = 0.0           # share of given texts left out, as guidance needs (0.1, say); P 0
     # Optimiser
     steps: int = 10_000                      # updates; P 40,000
     batch_size: int = 16                     # pairs per update, of all processes together; P 4,096
@@ -102,7 +102,7 @@ class Config:
     # Decoding (section 3.2)
     image_steps: int = decoding(16)          # K for images; P 10
     image_schedule: str = decoding("cosine") # gamma in decoding: cosine, linear, square; P cosine
-    image_order: str = decoding("gumbel")    # kept first: gumbel, inverse, confidence, random, halton; P gumbel
+    image_order: str = decoding("gumbel")    # kept first: gumbel, inverse, confidence, random, halton; R gumbel
     image_temperature: tuple[float, ...] = decoding((0.3, 0.1))  # sampling temperature, first step and last; R 1.4,0.6
     image_noise: tuple[float, ...] = decoding((0.5, 0.1))  # scale of gumbel's noise, first step and last; R 2,0.2
     image_top_k: int = decoding(0)           # sample among this many likeliest tokens; 0: among all
@@ -194,6 +194,8 @@ class Config:
         if is_causal and (not all(TASKS[task].given for task in self.task_shares) or mixes or self.unroll_mask
                           or self.condition_dropout):
             yield "model argvlt has no it2it, UnrollMask, MixSel or condition_dropout"
+        if self.segments and not is_causal:
+            yield "segments needs model argvlt"
         if mixes and min(self.micro_batch or 2, self.batch_size) < 2:
             yield "mixsel needs at least two pairs at a time: see batch_size and micro_batch"
         if mixes and not 1 <= self.mixsel_separators <= self.text_length - 3:
@@ -261,8 +263,8 @@ DECODING = [f.name for f in dataclasses.fields(Config) if "decoding" in f.metada
 VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "vq_multipliers", "vq_res_blocks",
                 "vq_attention", "vq_latent", "vq_groups", "vq_patchwise")
 
-# Fields that may change when a run resumes. (Another micro_batch draws other MixSel partners, other dropout and, if its
-# texts are padded to another length, other text masks.)
+# Fields that may change when a run resumes. (Another micro_batch draws other dropout, of merges too, other partners and
+# directions of MixSel and, if its texts are padded to another length, other text masks.)
 MAY_CHANGE = ("steps", "micro_batch", "compile", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")
 
 

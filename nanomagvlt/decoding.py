@@ -133,9 +133,11 @@ def generate(model, task: str, batch: dict[str, Tensor], to_fill: dict[str, Tens
     text's length is predicted again before each step but the first. New positions are masked, lost ones are dropped.
 
     guidance w other than 1 is classifier-free guidance (Ho and Salimans, 2022): logits = null + w (given - null). null
-    are the logits with empty texts in place of the given ones. Both come from one pass of 2 B rows.
+    are the logits with empty texts in place of the given ones. Both come from one pass of 2 B rows. A task without a
+    given text has no guidance.
     """
     cfg, record, batch = model.cfg, TASKS[task], dict(batch)
+    is_guided = guidance != 1 and any(KIND[piece] == "text" for piece in record.given)
     states = {piece: DecodeState(batch[f"{piece}_tokens"], to_fill[piece], sampling[piece])
               for piece in record.generates}
 
@@ -152,15 +154,16 @@ def generate(model, task: str, batch: dict[str, Tensor], to_fill: dict[str, Tens
             text.to_fill = is_valid
             batch[f"{record.length_of}_lengths"] = lengths
         shown, masks = current()
-        if guidance != 1:
+        if is_guided:
             shown, masks = ({name: torch.cat([x, x]) for name, x in tensors.items()} for tensors in (shown, masks))
             rows = len(next(iter(shown.values())))                                                   # 2 B
             is_null = torch.arange(rows, device=model.device) >= rows // 2                           # (2 B,)
             shown = empty_texts(task, shown, is_null, cfg.end_token)
         seq = build(task, cfg, shown, masks)
         last_states = model(seq)                                                                     # (B, L, D)
-        logits = [model.logits(last_states[:, seq.slices[piece]], KIND[piece]) for piece in states]  # (B, N, V) each
-        if guidance != 1:
+        logits = [model.logits(last_states[:, seq.slices[piece]], KIND[piece]).float()               # (B, N, V) each
+                  for piece in states]
+        if is_guided:
             logits = [null + guidance * (given - null) for given, null in (both.chunk(2) for both in logits)]
         return logits
     decode(predict_logits, list(states.values()), generator)

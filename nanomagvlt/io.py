@@ -62,6 +62,8 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
     try:
         with np.load(path) as arrays:
             return [arrays[name] for name in names]
+    except (FileNotFoundError, PermissionError):
+        raise
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         raise ValueError(f"{path}: damaged; delete it and give the same command again") from None
 

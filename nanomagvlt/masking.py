@@ -36,21 +36,21 @@ def gamma(u: Tensor, schedule: str) -> Tensor:
 
 
 def num_masked(share: Tensor, num_positions: Tensor | int, round_up: bool = True) -> Tensor:
-    """ceil(share x N), or floor, at least 1 and at most N (section 3.1). share in [0, 1], N: (B,) -> (B,) long."""
+    """ceil(share x N), or floor, at least 1 and at most N (section 3.1). share, in [0, 1], and N broadcast."""
     masked = share.double() * num_positions                                                          # (B,)
     masked = (masked - SLACK).ceil() if round_up else (masked + SLACK).floor()
     return masked.clamp(min=1).long().clamp(max=num_positions)
 
 
 def decoding_counts(num_to_fill: Tensor, steps: int, schedule: str, can_remask: bool) -> Tensor:
-    """The number of masked positions before each of the K decoding steps, if N are to fill: (N,) -> (N, K) long.
+    """Masked positions before each of the K decoding steps, for M numbers n of positions to fill: (M,) -> (M, K).
 
-    An image token that is revealed stays: ceil(gamma(k/K) N), and each step reveals at least one. (decode() refuses
-    fewer positions than steps.) A text token can be masked again (can_remask): floor(gamma(k/K) N), at least 1. The
+    An image token that is revealed stays: ceil(gamma(k/K) n), and each step reveals at least one. (decode() refuses
+    fewer positions than steps.) A text token can be masked again (can_remask): floor(gamma(k/K) n), at least 1. The
     paper writes ceil, the authors' code has floor.
     """
     share = gamma(torch.arange(steps, dtype=torch.float64) / steps, schedule)                        # (K,)
-    counts = num_masked(share, num_to_fill[:, None], round_up=not can_remask)                        # (N, K)
+    counts = num_masked(share, num_to_fill[:, None], round_up=not can_remask)                        # (M, K)
     if not can_remask:
         for k in range(1, steps):  # at least one less than before, and at least one for each step that is left
             counts[:, k] = counts[:, k].minimum(counts[:, k - 1] - 1).clamp(min=steps - k)
@@ -73,8 +73,8 @@ def order_scores(order: str, confidence: Tensor, noise: float, uniform: Tensor, 
     confidence (B, N) is log p of the token at each position, uniform (B, N) are new random numbers, halton (N,) is
     halton_rank() of the positions.
       "gumbel"      confidence + noise x Gumbel noise: the authors' order for images
-      "inverse"     positions are drawn for masking in proportion to 1 / p: the authors' order for text. By gumbel() the
-                    n highest of -log p + Gumbel noise are such a draw, so the n lowest of log p - Gumbel noise are
+      "inverse"     positions are drawn for masking in proportion to 1 / p: the authors' order for text. Such a
+                    draw is the n highest of -log p + noise (see gumbel()), which are the n lowest of log p - noise
       "confidence"  the least confident positions are masked
       "random"      random positions are masked
       "halton"      the positions of highest rank are masked; those that are kept spread evenly over the grid (Besnier

@@ -110,8 +110,8 @@ class MAGVLT(nn.Module):
         them, or from column 0 on. The result is then (B, L', D).
         """
         part = slice(None) if columns is None else columns
-        x = self.token_table(seq.token_ids[:, part]) + self.position_table(seq.position_ids[part])     # (B, L, D)
-        x = x + seq.is_masked[:, part, None] * self.position_table(seq.mask_position_ids[part])        # (B, L, D)
+        x = self.token_table(seq.token_ids[:, part]) + self.embed_positions(seq.position_ids[part])    # (B, L, D)
+        x = x + seq.is_masked[:, part, None] * self.embed_positions(seq.mask_position_ids[part])       # (B, L, D)
         if self.segments is not None:  # L-Verse: [REF] in the given half, [GEN] in the generated half
             is_generated = torch.arange(seq.token_ids.shape[1], device=x.device) >= seq.bog            # (L,)
             x = x + self.segments(is_generated[part].long())
@@ -123,6 +123,10 @@ class MAGVLT(nn.Module):
             x = block(x, attn_mask, seq.length_row, columns, None if cache is None else cache[i])  # (B, L, D)
         return x
 
+    def embed_positions(self, rows: Tensor) -> Tensor:
+        """Embeddings of rows (L,) of the position table: (L, D). Another positional scheme replaces this function."""
+        return self.position_table(rows)
+
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache for the keys and values of a whole sequence: a pair (B, H, L, D/H) for each block."""
         shape = batch_size, self.cfg.heads, length, self.cfg.width // self.cfg.heads
@@ -131,7 +135,7 @@ class MAGVLT(nn.Module):
     def logits(self, states: Tensor, kind: str) -> Tensor:
         """Logits of the tokens at positions of one kind, "image" or "text", from their states (B, N, D): (B, N, V).
 
-        At base size a head over all L positions and both vocabularies would cost a fifth of the forward pass more.
+        Logits of all L positions over both vocabularies would make a base-size forward pass a fifth slower.
         """
         rows = self.vocab.tokens[kind]
         return F.linear(self.head(states), self.token_table.weight[rows], self.output_bias[rows])
@@ -144,7 +148,7 @@ class MAGVLT(nn.Module):
 def sincos_init(num_positions: int, width: int) -> Tensor:
     """Sines and cosines of the position, with wavelengths from 2 pi to about 25 x num_positions: (positions, width).
 
-    They are the start of training. A step of one position is then the same rotation everywhere; with random positions
+    They are only initial values. A step of one position is then the same rotation everywhere; with random positions
     the model must learn it at each position.
     """
     slowness = (4 * num_positions) ** (torch.arange(width // 2) / (width // 2))                    # (width/2,)

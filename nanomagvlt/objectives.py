@@ -11,12 +11,12 @@ terms join it in eq. 6, total_loss():
   mixsel   MixSel (section 3.4): two images, or two captions, are joined as the context, and a selector token says which
            of them the target belongs to. A model that ignores the context, or uses the wrong one, has a high loss.
 
-How to read: losses() is the whole method, a few passes through the model. What scale needs (parts of a batch,
-torch.compile, freeing one pass's memory before the next) wraps it from outside: see training/update.py.
+How to read: losses() is the whole method, a few passes through the model. The code for large runs (parts of a
+batch, torch.compile, freeing one pass's memory before the next) is outside, in training/update.py.
 
 A batch is a dict of tensors: image_tokens (B, G G), text_tokens (B, T), text_lengths (B,) and, for MixSel, the tokens
 of the squeezed image: tall_tokens (B, G G/2), at half its width, and wide_tokens (B, G G/2), at half its height.
-Randomness comes from `rng` (see rng.py); the words of its purposes are part of the seed.
+Randomness comes from `rng` (see rng.py); another name of a purpose gives other numbers.
 
 Shapes: B batch, N positions of a piece (G x G for an image, T for a text, padded to the longest of the batch), V
 vocabulary of the piece. Read on in decoding.py.
@@ -34,6 +34,7 @@ from nanomagvlt.sequence import (KIND, SEPARATOR, TASKS, Sequence, Vocabulary, b
                                  not_padding)
 
 Batch = dict[str, Tensor]
+Logits = dict[str, Tensor]   # for each generated piece, (B, N, V)
 Masks = dict[str, Tensor]    # for each generated piece, True (B, N) where its tokens are masked
 Terms = dict[str, Tensor]    # for each term of eq. 6, a scalar
 
@@ -74,15 +75,15 @@ def losses(model, task: str, batch: Batch, rng: Rng, run: Callable | None = None
 
     if cfg.mixsel != "off":                                                                          # figure 5
         mixed, mixed_masks, selector = mix(task, batch, rng, cfg)
-        selector = selector if cfg.mixsel == "select" else None  # "random" is MixRandom (appendix E): no selector
+        selector = selector if cfg.mixsel == "select" else None  # "random" is MixRandom: none is told (appendix E)
         terms |= run(model, "mixsel", build(task, cfg, mixed, mixed_masks, selector), mixed)[0]      # eq. 5
     return total_loss(cfg, **terms), terms
 
 
 # ---------------------------------------------------------------------------------------------- one pass
 
-def run_pass(model, name: str, seq: Sequence, targets: Batch, score: Callable | None = None) -> tuple[Terms, Batch]:
-    """One pass through the model: its terms, and the logits (B, N, V) by piece, if the task has UnrollMask.
+def run_pass(model, name: str, seq: Sequence, targets: Batch, score: Callable | None = None) -> tuple[Terms, Logits]:
+    """One pass through the model: its terms, and the logits (B, N, V) by piece, if UnrollMask is used.
 
     `name` is that of its term. Pass "length" has only that; with cfg.length_pass "main", pass "mask" has it too.
     `score` replaces score_pass(), to compile it.
@@ -96,7 +97,7 @@ def run_pass(model, name: str, seq: Sequence, targets: Batch, score: Callable | 
     return {name: loss}, logits
 
 
-def score_pass(model, seq: Sequence, targets: Batch) -> tuple[Tensor, Tensor | None, Batch]:
+def score_pass(model, seq: Sequence, targets: Batch) -> tuple[Tensor, Tensor | None, Logits]:
     """The loss at the masked positions of a sequence, the loss of the length or None, and the logits by piece.
 
     The targets are the original tokens, whatever the sequence shows. it2it adds the losses of both pieces (eq. 3).
@@ -186,11 +187,11 @@ def drop_captions(task: str, batch: Batch, rng: Rng, cfg) -> Batch:
 def mix(task: str, batch: Batch, rng: Rng, cfg) -> tuple[Batch, Masks, Tensor]:
     """MixSel's batch (figure 5), its masks, and its selectors (B,), which are special tokens.
 
-    Each sample's context is joined with that of another sample, in random order. Its own part is the one to predict:
+    Each sample's context is joined with another sample's, in random order. The target belongs to its own part:
       t2i    the two captions are joined as a || b; the own image is predicted      selector LEFT or RIGHT
       i2t    the two images, left|right or top|bottom; the own caption              LEFT, RIGHT, TOP or BOTTOM
       it2it  both are joined; the own half of the image and the own caption         LEFT, RIGHT, TOP or BOTTOM
-    LEFT and TOP select the first. The direction, left|right or top|bottom, is drawn once for the batch.
+    LEFT and TOP select the first. The direction, left|right or top|bottom, is drawn once for a batch, or part of one.
     """
     joined = TASKS[task].given or TASKS[task].generates  # it2it has no given piece: it joins what it generates
     is_own_first = rng("mix side") < 0.5                                                             # (B,)
@@ -246,7 +247,7 @@ def join_texts(first: Batch, second: Batch, piece: str, cfg) -> tuple[Tensor, Te
     """Two texts as one, `a || b end`: tokens (B, T'), lengths (B,), and the masks of a and of b, (B, T') each.
 
     cfg.mixsel_separators separators replace a's end token; the end token belongs to neither. T' is enough for any two
-    texts of the batch, but at most cfg.text_length. Then the longer text is cut first; half of the room is always kept.
+    texts of the batch, but at most cfg.text_length. If not all fits, the longer is cut, none below half the room.
     """
     name, gap = f"{piece}_tokens", cfg.mixsel_separators
     t = min(cfg.text_length, 2 * (first[name].shape[1] - 1) + gap + 1)  # a, separators, b, end token

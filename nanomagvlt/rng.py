@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # rng(purpose, *shape) -> uniform numbers in [0, 1), (B, *shape). Within one update a purpose always gives the same
-# numbers; of a part of a batch, it gives that part's rows.
+# numbers; for a part of a batch, the rows of that part.
 Rng = Callable[..., Tensor]
 
 

@@ -36,8 +36,8 @@ SPECIAL_TOKENS = ("BOI", "BOT", "BOC", "BOG", "MASK_IMG", "MASK_TXT", "LEFT", "R
 MASK_TOKEN = {"image": "MASK_IMG", "text": "MASK_TXT"}
 SEPARATOR = 91  # "|", in the text vocabularies of CLIP and of bpe.py: between two mixed captions
 
-# piece -> the kind of its tokens. A task with a second text gives it a name of its own: a new entry. In a batch a piece
-# has PIECE_tokens (B, N) and, if it is a text, PIECE_lengths (B,).
+# piece -> the kind of its tokens. A second text in a task needs a name of its own, and an entry here. In a batch a
+# piece has PIECE_tokens (B, N) and, if it is a text, PIECE_lengths (B,).
 KIND = {"image": "image", "text": "text"}
 
 
@@ -68,9 +68,10 @@ class Vocabulary:
         image_end, text_end = cfg.codebook_size, cfg.codebook_size + cfg.text_vocab
         self.tokens = {"image": slice(0, image_end), "text": slice(image_end, text_end)}
         self.num_tokens = text_end + len(SPECIAL_TOKENS)
-        n, t = cfg.image_tokens, cfg.text_length
+        n, t = cfg.image_tokens, cfg.text_length  # there are n + t + 4 special rows, as in the release
         self.positions = {"image": slice(0, n), "text": slice(n, n + t), "special": slice(n + t, 2 * (n + t) + 4)}
-        # A further piece of the same kind in one task has rows of its own, in a block of n + t rows after these.
+        # Of two pieces of one kind in a task, the first in the sequence has these rows; the second has rows of its own,
+        # in a block of n + t rows after these.
         self.block = n + t
         counts = [Counter(KIND[piece] for piece in TASKS[task].pieces if piece in KIND) for task in cfg.task_shares]
         further = max(max(count.values()) for count in counts) - 1
@@ -81,7 +82,7 @@ class Vocabulary:
         return self.tokens["text"].stop + SPECIAL_TOKENS.index(name)
 
     def position_rows(self, kind: str, count: int, device: torch.device, further: int = 0) -> Tensor:
-        """The first rows (count,) of a kind in the position table; of the further-th piece of this kind if not 0."""
+        """The first `count` rows of a kind in the position table. further = 1: of a second piece of this kind."""
         start = self.positions[kind].start
         if further:
             start += self.positions["special"].stop + (further - 1) * self.block
@@ -98,7 +99,7 @@ class Sequence:
     is_masked: Tensor          # (B, L) True: the token is hidden, and predicted
     is_valid: Tensor           # (B, L) False: padding
     attn_mask: Tensor          # (B, 1, 1, L), or (B, 1, L, L) if causal. True: the query (row) attends to the key
-    slices: dict[str, slice]   # the positions of each piece
+    slices: dict[str, slice]   # the positions of each piece, and of each special token
     bog: int                   # the position of BOG: the generated half begins here
     length_row: int | None     # the BOT that predicts the length: this query attends to no key after it
 
@@ -117,7 +118,7 @@ def not_padding(batch: dict[str, Tensor], piece: str) -> Tensor:
 
 
 def empty_texts(task: str, batch: dict[str, Tensor], rows: Tensor, end_token: int) -> dict[str, Tensor]:
-    """The batch with empty given texts, only their end token, in the rows (B,) where True."""
+    """The batch; where rows (B,) is True, the given texts are empty: only an end token."""
     shown = dict(batch)
     for piece in TASKS[task].given:
         if KIND[piece] == "text":
@@ -192,8 +193,9 @@ def build_for_length(task: str, cfg, batch: dict[str, Tensor], masks: dict[str, 
 def picture(task: str, cfg, masks: dict[str, Tensor], text_lengths: Tensor) -> str:
     """One sample's sequence as text, a line per position: token, position row, the row that a masked position adds."""
     vocab = Vocabulary(cfg)
-    batch = {"image_tokens": torch.arange(cfg.image_tokens)[None], "text_tokens": torch.arange(cfg.text_length)[None],
-             "text_lengths": text_lengths}
+    batch = {f"{piece}_lengths": text_lengths for piece in KIND}
+    batch |= {f"{piece}_tokens": torch.arange(cfg.image_tokens if kind == "image" else cfg.text_length)[None]
+              for piece, kind in KIND.items()}
     seq = build(task, cfg, batch, masks)
 
     def token(i: int) -> str:
@@ -203,7 +205,8 @@ def picture(task: str, cfg, masks: dict[str, Tensor], text_lengths: Tensor) -> s
         return SPECIAL_TOKENS[i - vocab.tokens["text"].stop]
 
     def position(i: int) -> str:
-        return next(f"{kind} {i - rows.start}" for kind, rows in vocab.positions.items() if i < rows.stop)
+        further = f"further {i - vocab.positions['special'].stop}"
+        return next((f"{kind} {i - rows.start}" for kind, rows in vocab.positions.items() if i < rows.stop), further)
     lines = [f"{task}: BOT attends to {'everything' if seq.length_row is None else 'nothing after it'}"]
     for j, i in enumerate(seq.token_ids[0].tolist()):
         added = "+ " + position(int(seq.mask_position_ids[j])) if seq.is_masked[0, j] else ""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanomagvlt.model import MAGVLT, num_parameters, sincos_init
-from nanomagvlt.sequence import TASKS, build, valid_mask
+from nanomagvlt.sequence import build, valid_mask
 
 
 def test_sincos_positions_have_equal_products_at_equal_distances():
@@ -54,7 +54,7 @@ def written_out(attention, x, seq):
     return attention.proj(y.view(b, l, d))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
 def test_attention_equals_the_written_out_softmax(task, cfg, model, batch):
     seq = build(task, cfg, batch, masked(cfg, batch))
     x = torch.randn(*seq.token_ids.shape, cfg.width)
@@ -62,7 +62,7 @@ def test_attention_equals_the_written_out_softmax(task, cfg, model, batch):
     assert torch.allclose(attention(x, seq.attn_mask, seq.length_row), written_out(attention, x, seq), atol=1e-5)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
 def test_padding_and_masked_tokens_change_nothing(task, cfg, model, batch):
     masks = masked(cfg, batch)
     hidden = masks["text"] | ~valid_mask(batch["text_lengths"], cfg.text_length)
@@ -105,7 +105,7 @@ def test_dropout_is_on_residuals_and_in_attention_of_training_alone(cfg, batch):
     assert not torch.equal(model(seq), model(seq))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
 def test_a_masked_position_is_its_mask_token_and_two_position_rows(task, cfg, model, batch):
     """Written out position by position, as in the released code, whose weights need it."""
     masks, vocab = masked(cfg, batch), model.vocab

@@ -30,7 +30,7 @@ def watched(model, monkeypatch) -> list[Sequence]:
 
 
 @pytest.mark.parametrize("ratio", ["opposite", "same"])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
 def test_exactly_the_papers_number_of_tokens_is_masked_and_no_padding(task, ratio, cfg):
     """For every ratio: ceil(gamma(r) N) image tokens and ceil(gamma(r) length) text tokens."""
     steps, n, t = 1000, 16, 24
@@ -63,7 +63,7 @@ def test_cross_entropy_is_the_mean_over_masked_positions_alone():
     assert masked_cross_entropy(logits, targets, torch.zeros_like(is_masked), 0.1) == 0
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
 def test_the_mask_loss_of_a_model_is_that_of_its_masked_logits(task, model, batch, rng, monkeypatch):
     seen = watched(model, monkeypatch)
     _, terms = losses(model, task, batch, rng)
@@ -79,7 +79,7 @@ def test_the_mask_loss_of_a_model_is_that_of_its_masked_logits(task, model, batc
     assert set(terms) == ({"mask"} if task == "t2i" else {"mask", "length"})
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
 def test_equation_6_and_its_gradient_whether_at_once_or_pass_by_pass(task, whole, batch, rng):
     (loss, terms), cfg = losses(whole, task, batch, rng), whole.cfg
     assert set(terms) == {"t2i": {"mask", "unroll", "mixsel"}, "i2t": {"mask", "length", "unroll", "mixsel"},
@@ -103,7 +103,7 @@ def test_a_term_that_is_in_no_sum_is_an_error(cfg):
         total_loss(cfg, mask=torch.tensor(1.0), count=torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
 def test_no_random_numbers_are_used_twice(task, whole, batch, rng):
     """Each pass, and in it image and text, has numbers of its own: else UnrollMask would mask the same positions."""
     asked = []
@@ -125,7 +125,7 @@ def test_a_setting_of_training_changes_every_term(setting, value, cfg, batch, rn
     assert {name for name in terms[0] if terms[0][name] == terms[1][name]} == unsmoothed
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
 def test_padding_changes_neither_loss_nor_gradient(task, whole, batch, rng):
     is_padding = ~valid_mask(batch["text_lengths"], whole.cfg.text_length)
     other = batch | {"text_tokens": torch.where(is_padding, (batch["text_tokens"] + 7) % 20, batch["text_tokens"])}
@@ -137,7 +137,7 @@ def test_padding_changes_neither_loss_nor_gradient(task, whole, batch, rng):
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
 def test_columns_that_are_padding_in_every_row_may_be_left_out(task, whole, batch, rng):
     """Also of joined captions: nothing is cut there that would not be cut with them."""
     whole.cfg.mixsel_separators, batch["text_lengths"] = 2, torch.tensor([1, 2, 2, 1, 2])
@@ -293,7 +293,7 @@ def test_joined_texts_equal_those_joined_word_by_word(separators, cfg):
 
 
 @pytest.mark.parametrize("direction", [0.1, 0.9])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
 def test_the_selector_selects_the_context_of_the_target(task, direction, whole, batch, rng, monkeypatch):
     """Every caption and image of the batch has tokens of its own, which tell where it is."""
     cfg, seen = whole.cfg, watched(whole, monkeypatch)
@@ -343,7 +343,7 @@ def test_mixrandom_has_the_same_mixes_without_a_selector(whole, batch, rng, monk
     assert torch.equal(mixes[0].is_masked, mixes[1].is_masked)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
 def test_swapping_the_two_contexts_and_the_selector_keeps_the_targets(task, whole, batch, rng):
     """With everything masked that may be: the same tokens are predicted on either side."""
     cfg, found = dataclasses.replace(whole.cfg, it2it_ratio="same"), []

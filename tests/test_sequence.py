@@ -47,7 +47,7 @@ i2t: BOT attends to nothing after it
         "   4  MASK_IMG  image 2    + special 2", "   5  MASK_IMG  image 3    + special 3"]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
 def test_every_position_is_laid_out_once(task, cfg, batch):
     seq, vocab = build(task, cfg, batch), Vocabulary(cfg)
     for piece in ("image", "text"):

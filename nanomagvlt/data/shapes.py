@@ -15,7 +15,6 @@ Shapes: B batch, G backgrounds, K possible contents of a cell. Read on in source
 import difflib
 import hashlib
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +23,6 @@ from random import Random
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 # ---------------------------------------------------------------------------------------------- the world
 
@@ -334,17 +332,9 @@ def judge(claims: Claims | None, scene: Scene) -> Verdict:
     return Verdict(best == total, best, total)
 
 
-def main(paths: list[str]) -> None:
-    """Prints a caption of each level and its verdict; draws the scenes into the given file, if any."""
-    rng, images = Random(0), []
+if __name__ == "__main__":  # a caption of each level, and the verdict on it
+    rng = Random(0)
     for level in LEVELS.values():
         scene = random_scene(level, rng)
-        images.append(draw_scene(scene, level, rng))
-        caption, [reading] = describe(scene, level, rng), read_images(images[-1][None], level)
+        caption, [reading] = describe(scene, level, rng), read_images(draw_scene(scene, level, rng)[None], level)
         print(f"{level.name}: {caption}\n  {judge(parse(caption), reading.scene)}, clean: {reading.is_clean}")
-    for path in paths:
-        Image.fromarray(np.hstack(images)).resize((1152, 192), Image.Resampling.NEAREST).save(path)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The common measures of captions: BLEU, ROUGE-L and CIDEr-D; METEOR and SPICE if Java is installed.
+"""The common measures of captions: BLEU, ROUGE-L and CIDEr-D. (METEOR and SPICE are Java programs.)
 
 Each measure compares a caption with its references, which people wrote about the same image:
   BLEU      the n-grams that both have (Papineni et al., ACL 2002)
@@ -9,17 +9,11 @@ Papers publish the numbers of the package pycocoevalcap. So every detail here is
 The words are those of the Penn Treebank ("don't" is two words). pycocoevalcap uses Stanford's Java tokenizer for
 them; tokenize() gives the same words for COCO's captions, but not for every web address or emoticon.
 """
-import importlib.util
 import math
-import shutil
 from collections import Counter
 from collections.abc import Hashable
 
 import regex
-
-from nanomagvlt.io import first_line
-
-# ---- words --------------------------------------------------------------------------------------------------
 
 CURLY = str.maketrans("‘’", "''")
 CUTS = regex.compile(r"(?<=\w)(?=n't\b|'(?:s|m|d|re|ve|ll)\b)|(?<=\bcan)(?=not\b)")   # do|n't, it|'s, can|not
@@ -48,8 +42,6 @@ def count_ngrams(words: list[str]) -> list[Counter]:
     """How often each n-gram occurs, one Counter for each n = 1 to 4."""
     return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, 5)]
 
-
-# ---- scores: a candidate is a list of words; its references are a list of such lists ------------------------
 
 def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> list[float]:
     """BLEU-1 to BLEU-4 of all candidates together: counts are summed over the candidates, then divided."""
@@ -128,22 +120,3 @@ def score_captions(results: dict[Hashable, str], references: dict[Hashable, list
     rouges = [rouge_l(*pair) for pair in zip(candidates, refs)]
     return {**{f"Bleu_{n}": value for n, value in enumerate(bleu(candidates, refs), 1)},
             "ROUGE_L": sum(rouges) / len(rouges), "CIDEr": sum(cider(candidates, refs)) / len(candidates)}
-
-
-def java_metrics(results: dict[Hashable, str], references: dict[Hashable, list[str]]) -> tuple[dict[str, float], str]:
-    """METEOR and SPICE by pycocoevalcap, and a note: one line if one of them is not computed, else "".
-
-    The arguments are those of score_captions(). The two Java programs get the words of tokenize().
-    """
-    if importlib.util.find_spec("pycocoevalcap") is None or shutil.which("java") is None:
-        return {}, "METEOR and SPICE are not computed: they need Java 1.8 and `pip install pycocoevalcap`"
-    scores, failed = {}, []
-    ours = {image: [" ".join(tokenize(text))] for image, text in results.items()}
-    refs = {image: [" ".join(tokenize(text)) for text in references[image]] for image in results}
-    for name in ("Meteor", "Spice"):
-        try:
-            module = importlib.import_module(f"pycocoevalcap.{name.lower()}.{name.lower()}")
-            scores[name.upper()] = float(getattr(module, name)().compute_score(refs, ours)[0])
-        except Exception as error:  # too little memory, missing models, another Java: each has its own kind of error
-            failed.append(f"{name.upper()} ({first_line(error)})")
-    return scores, f"pycocoevalcap could not compute {' and '.join(failed)}" if failed else ""

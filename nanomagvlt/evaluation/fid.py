@@ -25,8 +25,6 @@ from torch import Tensor, nn
 
 from nanomagvlt.io import load_strict, read_tensors
 
-# ---- Inception-v3 -------------------------------------------------------------------------------------------
-
 mean_pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 max_pool = nn.MaxPool2d(3, stride=1, padding=1)
 halve = nn.MaxPool2d(3, stride=2)
@@ -191,8 +189,6 @@ def inception_features(model: Inception, images: np.ndarray, blur: float = 0) ->
     pixels = torch.tensor(images, device=model.fc.weight.device).permute(0, 3, 1, 2) / 255       # (B, 3, S, S)
     return model(pixels).cpu()
 
-
-# ---- the measures, in float64 -------------------------------------------------------------------------------
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """FID of features (M, D) and (M', D) on the CPU: |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).

@@ -187,17 +187,13 @@ def evaluate_bias(pipeline, level: shapes.Level, num_scenes: int, phrasings: int
             "i2t_usual": share(told, True), "t2i_asked": share(drawn, False), "t2i_usual": share(drawn, True)}
 
 
-def scene_table(results: dict) -> str:
-    """The results of evaluate_scenes() as a text table."""
-    rows = [("draw a prompt (T2I)", "t2i_exact", "t2i_facts"),
-            ("  ignoring the prompt", "t2i_exact_ignoring", "t2i_facts_ignoring"),
-            ("caption an image (I2T)", "i2t_exact", "i2t_facts"), ("  the objects alone", "i2t_objects"),
-            ("  ignoring the image", "i2t_exact_ignoring", "i2t_facts_ignoring"),
-            ("image -> tokens -> image", "reconstruction"), ("caption length", "length")]
-    return (f"{results['scenes']} unseen scenes, {results['phrasings']} phrasings each; 95% intervals over scenes\n"
-            f"{'':26}{'exact':24}single facts\n"
-            + "\n".join(f"{what:26}" + "    ".join(str(results[name]) for name in names) for what, *names in rows)
-            + f"    (always the commonest length: {results['length_constant']:.3f})")
+def show(results: dict) -> dict:
+    """Prints each share with its interval, under its name in the evaluation. Returns the results as plain values."""
+    print(f"{results.get('scenes', results.get('pairs'))} unseen scenes; 95% intervals over scenes")
+    for name, value in results.items():
+        if isinstance(value, Share):
+            print(f"{name:28}{value}")
+    return as_json(results)
 
 
 def as_json(results: dict) -> dict:

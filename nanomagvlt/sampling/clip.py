@@ -30,8 +30,6 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # sizes that OpenAI's files store as tensors
 
 
-# ---- the network; the modules have the names of OpenAI's files ----------------------------------------------
-
 class QuickGELU(nn.Module):
     """An approximation of GELU. The weights were trained with it; the exact GELU gives other features."""
 
@@ -112,8 +110,6 @@ class CLIP(nn.Module):
         return F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).T
 
 
-# ---- the inputs ---------------------------------------------------------------------------------------------
-
 def preprocess(images: np.ndarray, resolution: int) -> Tensor:
     """Images (B, S, S, 3), uint8 -> normalised pixels (B, 3, R, R), resized as by Pillow in CLIP's own code."""
     pixels = torch.tensor(images).permute(0, 3, 1, 2).float()                  # (B, 3, S, S), 0 to 255
@@ -130,8 +126,6 @@ def tokenize(bpe: BPE, texts: list[str], context_length: int) -> Tensor:
         row[:len(ids)] = torch.tensor(ids)
     return tokens
 
-
-# ---- loading ------------------------------------------------------------------------------------------------
 
 def named_tensors(module: Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors of an archive's module and of the modules in it, with dotted names.

@@ -74,14 +74,6 @@ def clean_caption(text: str) -> str:
     return re.sub(r"\s{2,}", " ", text).rstrip("\n")                   # a blank may remain at either end
 
 
-def clean_written(text: str) -> str:
-    """The clean-up of a generated caption in the authors' release: the first sentence, without <, >, and words equal to
-    the word before them; " ." is added. A text without words becomes empty."""
-    words = clean_caption(text).replace("<", "").replace(">", "").split(".")[0].split()
-    words = [word for word, previous in zip(words, ["", *words]) if word != previous]
-    return " ".join([*words, "."]) if words else ""
-
-
 def to_symbols(word: str) -> list[str]:
     """The symbols of a word. The last one is marked: "cat" and the "cat" of "catalogue" are different tokens."""
     return [*word[:-1], word[-1] + END_OF_WORD]

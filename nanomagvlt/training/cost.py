@@ -24,16 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanomagvlt.config import Config
 from nanomagvlt.model import MAGVLT, num_parameters
+from nanomagvlt.sequence import KIND
 from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.training.distributed import rank, world_size
 from nanomagvlt.training.loop import optimizer_for
 from nanomagvlt.training.update import Parts, compiled_score, method_of, update_ema, update_model
 
-REACHED = 0.5  # the share of the measured rate of matrix products that a good training step reaches
 GIB = 2 ** 30
 
-
-# ---------------------------------------------------------------------------------------------- the machine
 
 def synchronize(device: torch.device) -> None:
     """Waits until the device has finished its work."""
@@ -62,8 +60,6 @@ def matmul_flops(device: torch.device, precision: str) -> float:
     return 2 * n ** 3 / medians([lambda: a @ b], device, 5)[0]
 
 
-# ---------------------------------------------------------------------------------------------- computed
-
 def count_flops(call: Callable) -> int:
     """Multiplications and additions in the matrix products of call(), by PyTorch's counter. On a CPU the counter sees
     attention only where it is written out: hence SDPBackend.MATH."""
@@ -75,8 +71,8 @@ def count_flops(call: Callable) -> int:
 def empty_losses(cfg: Config, task: str, pairs: int) -> tuple[MAGVLT, Callable[[], torch.Tensor]]:
     """Inside a FakeTensorMode: a model, and a function that computes its loss on pairs without content."""
     model, n, t = MAGVLT(cfg), cfg.image_tokens, cfg.text_length
-    sizes = {"image_tokens": (n,), "tall_tokens": (n // 2,), "wide_tokens": (n // 2,), "text_tokens": (t,),
-             "text_lengths": ()}
+    sizes = {"tall_tokens": (n // 2,), "wide_tokens": (n // 2,)} | {f"{piece}_lengths": () for piece in KIND}
+    sizes |= {f"{piece}_tokens": (n if kind == "image" else t,) for piece, kind in KIND.items()}
     batch = {name: torch.zeros(pairs, *size, dtype=torch.long) for name, size in sizes.items()}
     return model, lambda: method_of(cfg).losses(model, task, batch, lambda _, *shape: torch.rand(pairs, *shape))[0]
 
@@ -108,8 +104,8 @@ def activation_bytes(cfg: Config, task: str, pairs: int) -> int:
     return sum(kept.values())
 
 
-def report(cfg: Config, device: torch.device) -> str:
-    """Parameters, operations, memory and hours of a training run, as text."""
+def report(cfg: Config) -> str:
+    """Parameters, operations and memory of a training run, as text."""
     with torch.device("meta"):
         parameters = num_parameters(MAGVLT(cfg))
     update = cfg.batch_size * sum(share * flops_of_update(cfg, task) for task, share in cfg.task_shares.items())
@@ -117,20 +113,14 @@ def report(cfg: Config, device: torch.device) -> str:
     one, two = (max(activation_bytes(cfg, task, n) for task in cfg.task_shares) for n in (1, 2))
     state = (24 if world_size() > 1 else 20) * parameters  # several processes sum their gradients in one more copy
     activations = one + (pairs - 1) * (two - one)
-    rate = matmul_flops(device, cfg.precision)
-    seconds = update / (REACHED * rate * world_size())
     return "\n".join([
         f"parameters   {parameters:,}",
         f"operations   {update / 1e15:.3g} PFLOP an update of {cfg.batch_size:,} pairs, {cfg.steps:,} updates",
         f"memory       {(state + activations) / GIB:.3g} GiB, and leave a tenth free: {state / GIB:.3g} for weights, "
         f"gradients, moments and the average,\n             {activations / GIB:.3g} for {pairs} pairs at a time "
         f"({(two - one) / 2 ** 20:.0f} MiB each; a smaller --micro-batch needs less)",
-        f"hours        {seconds * cfg.steps / 3600:,.1f} on {world_size()} x {device}, {seconds:,.3g} s an update, at "
-        f"{REACHED:.0%} of the {rate / 1e12:,.3g} TFLOP/s\n             of {cfg.precision} matrix products here",
     ])
 
-
-# ---------------------------------------------------------------------------------------------- measured
 
 class RandomPairs:
     """Replaces a TokenCache: random image tokens, and captions that fill all text positions."""

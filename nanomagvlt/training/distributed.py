@@ -97,8 +97,6 @@ def print_rank0(line: str) -> None:
         print(line, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------- work in shares
-
 def parse_part(text: str) -> tuple[int, int]:
     """'3/8' -> (2, 8)."""
     number, _, total = text.partition("/")

@@ -23,14 +23,13 @@ class Clock:
     """`with clock:` adds up the seconds that pass, and the processor seconds of this process."""
 
     def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0):
-        self.seconds, self.cpu_seconds, self.last = seconds, cpu_seconds, 0.0  # last: of the last `with` alone
+        self.seconds, self.cpu_seconds = seconds, cpu_seconds
 
     def __enter__(self):
         self.began = time.perf_counter(), time.process_time()
 
     def __exit__(self, *error):
-        self.last = time.perf_counter() - self.began[0]
-        self.seconds += self.last
+        self.seconds += time.perf_counter() - self.began[0]
         self.cpu_seconds += time.process_time() - self.began[1]
 
     def read(self) -> dict[str, float]:

@@ -8,7 +8,6 @@ objects, only the tensors are used, and nothing is run (see io.py).
 `python -m nanomagvlt.training.pretrained magvlt-it2it-base.ckpt --out base.pt` converts a file to a checkpoint of this
 project. sample.py reads both.
 """
-import hashlib
 import math
 from itertools import product
 from pathlib import Path
@@ -42,17 +41,6 @@ TRANSFORMER = {
 PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "lightning_utilities.", "omegaconf.", "numpy.",
             "tokenizers.", "transformers.", "argparse.Namespace")  # objects of these packages become inert
 CLIP_BPE = Path(__file__).parents[2] / "data" / "downloads" / "bpe_simple_vocab_16e6.txt.gz"
-
-
-# ---- the file -----------------------------------------------------------------------------------------------
-
-def check_digest(path: str | Path, sha256: str) -> None:
-    """Raises ValueError unless the file has this SHA-256 digest; "" allows any."""
-    if sha256:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256.lower():
-            raise ValueError(f"{path}: its SHA-256 is {found}, not {sha256}: download it again")
 
 
 def looks_published(path: str | Path) -> bool:
@@ -111,8 +99,6 @@ def to_ours(theirs: dict[str, Tensor], layers: int, path: str | Path) -> dict[st
     return ours
 
 
-# ---- sizes, from the shapes of the tensors ------------------------------------------------------------------
-
 def read_config(path: str | Path, vqgan: dict[str, Tensor], theirs: dict[str, Tensor] | None = None,
                 heads: int = 0) -> Config:
     """The base preset with the sizes of these tensors. A VQ-GAN alone gets 256 x 256 pixels."""
@@ -152,8 +138,6 @@ def load_merges(path: str | Path, words: str, vocab_size: int) -> BPE:
         raise ValueError(f"{path}: has {bpe.vocab_size:,} tokens, but the model has {vocab_size:,}")
     return bpe
 
-
-# ---- the command --------------------------------------------------------------------------------------------
 
 def convert(args) -> None:
     """Writes a published checkpoint, or the VQ-GAN in it, in this project's format."""

@@ -106,22 +106,3 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, p
 def update_ema(averaged: MAGVLT, model: MAGVLT, decay: float) -> None:
     """averaged = decay x averaged + (1 - decay) x model, weight by weight."""
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
-
-
-class Meter:
-    """The progress bar's text: the last losses of each task, and the speed since the last reading."""
-
-    def __init__(self, cfg: Config, device: torch.device):
-        self.cfg, self.device, self.recent, self.pairs, self.seconds = cfg, device, {}, 0, 0.0
-
-    def read(self, task: str, values: dict[str, float]) -> str:
-        self.recent[task] = f"{task} " + " ".join(f"{value:.3f}" for value in values.values())
-        text = f"{', '.join(sorted(self.recent.values()))}, {self.pairs / max(1e-9, self.seconds):.0f} samples/s"
-        if self.device.type == "cuda":
-            text += f", {torch.cuda.max_memory_allocated(self.device) / 2 ** 30:.1f} GiB"
-        self.pairs, self.seconds = 0, 0.0
-        return text
-
-    def count(self, seconds: float) -> None:
-        """Counts one update, which took so many seconds."""
-        self.pairs, self.seconds = self.pairs + self.cfg.batch_size, self.seconds + seconds

@@ -1,7 +1,5 @@
 """data/prepare.py makes a cache in parts: stopped and resumed, by many processes; and --inspect describes a source."""
-import dataclasses
 import importlib.util
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -129,36 +127,13 @@ def test_inspect_counts_measures_and_shows_the_samples_of_a_source(capsys):
     write({"folder/0.png": b"no image"})
     BPE([]).save("bpe.txt")
     prepare.main(["--inspect", "--source", "folder", "--bpe", "bpe.txt", "--text-length", "8", "--image-size", "24",
-                  "--batch-size", "4", "--vqgan", "v.pt"])
+                  "--vqgan", "v.pt"])
     out = capsys.readouterr().out
     for text in ("6 images with 6 captions in 2 pieces", "1 of 7", "1 x not an image", "20 to 20 (median 20) pixels",
-                 "0.0% are smaller", "9 to 9 (median 9) tokens", "100.0% are longer than 8", "1.5 updates"):
+                 "0.0% are smaller", "9 to 9 (median 9) tokens", "100.0% are longer than 8"):
         assert text in out
     assert (np.asarray(Image.open("inspect.png")) == (255, 0, 0)).all(-1).sum() == 6 * 160 ** 2
     prepare.main(["--inspect", "--source", "folder", "--part", "2/2", "--image-size", "21", "--sheet", "b.png"])
     out = capsys.readouterr().out
     for text in ("3 images", "100.0% are smaller than 21", "(median 1) words", "b.png"):
         assert text in out
-
-
-def test_joining_before_encoding_changes_nothing_where_the_encoder_is_patchwise(cfg, source):
-    pairs = [pair for piece in sources.pieces_of(source) for sample in sources.usable(piece, Counter())
-             for pair in sources.as_pairs(*sample, 16)]
-    for patchwise in (True, False):
-        torch.manual_seed(0)
-        vqgan = VQGAN(dataclasses.replace(cfg, vq_patchwise=patchwise, vq_channels=8)).eval()
-        assert (prepare.joining_changes(vqgan, pairs[:20]) == 0) == patchwise
-
-
-@pytest.mark.parametrize("argv, name", [
-    (["--source", "x"], "--vqgan"),
-    (["--part", "9/8", "--inspect"], "--part"),
-    (["--crops", "-1", "--inspect", "--source", "x"], "--crops"),
-    (["--inspect", "--source", "no/{0..3}.tar"], "no/0.tar"),
-    (["--inspect", "--source", "folder", "--bpe", "folder/0.txt"], "folder/0.txt"),
-])
-def test_a_mistake_gets_one_line_that_names_it(argv, name, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        prepare.main(argv)
-    error = capsys.readouterr().err
-    assert name in error and error.count("\n") == 1

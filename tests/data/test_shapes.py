@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from nanomagvlt.data.shapes import (
     CELL, CELLS, LEVELS, RELATIONS, RGB, SIDES, THRESHOLD, USUAL, Claims, Scene, Thing, Verdict, captions, describe,
-    draw_cell, draw_scene, enumerate_scenes, get_level, judge, main, parse, places, random_scene, read_images, split_of,
+    draw_cell, draw_scene, enumerate_scenes, get_level, judge, parse, places, random_scene, read_images, split_of,
     templates, tile_errors)
 
 MICRO, TINY, FULL = UNBIASED = [level for level in LEVELS.values() if not level.bias]
@@ -196,9 +196,3 @@ def test_no_image_can_be_clean_in_two_ways(level):
         assert np.delete(apart, k).min() > 2 * THRESHOLD
     for g, h in product(range(len(table)), repeat=2):  # a legal scene has an empty cell
         assert g == h or tile_errors(table[h] - table[g, 0], level).max(-1).min() > 2 * THRESHOLD
-
-
-def test_main_prints_captions_and_draws_their_scenes(tmp_path, capsys):
-    main([str(tmp_path / "sheet.png")])
-    assert Image.open(tmp_path / "sheet.png").size == (1152, 192)
-    assert capsys.readouterr().out.count("exact=True") == len(LEVELS)

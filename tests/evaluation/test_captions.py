@@ -1,12 +1,10 @@
 """Captions' scores against pycocoevalcap's numbers and the Java tokenizer's words, and by hand."""
 import json
 import math
-from argparse import Namespace
 
 import pytest
 
-from nanomagvlt.evaluation import captions
-from nanomagvlt.evaluation.captions import bleu, cider, java_metrics, longest_common, rouge_l, score_captions, tokenize
+from nanomagvlt.evaluation.captions import bleu, cider, longest_common, rouge_l, score_captions, tokenize
 
 NAMES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
 # The numbers of pycocoevalcap 1.2, from the README of the shared folder.
@@ -83,16 +81,3 @@ def test_an_equal_caption_has_the_highest_score_and_an_empty_one_the_lowest():
     best = {**dict.fromkeys(NAMES, 1.0), "CIDEr": 10.0}
     assert score_captions({image: texts[image] for image in (3, 1, 2)}, references) == pytest.approx(best)
     assert max(score_captions(dict.fromkeys(texts, ""), references).values()) < 1e-9
-
-
-def test_java_metrics_give_what_can_be_computed_and_a_note_on_the_rest(monkeypatch):
-    def compute_score(references, results):
-        assert results == {1: ["a dog"], 2: ["a cat"]} and references == {1: ["a dog"], 2: ["a cat", "cats"]}
-        return 0.25, [0.25, 0.25]
-    modules = {"pycocoevalcap.meteor.meteor": Namespace(Meteor=lambda: Namespace(compute_score=compute_score))}
-    monkeypatch.setattr(captions.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(captions.importlib, "import_module", modules.__getitem__)
-    for java, expected, words in (("/usr/bin/java", {"METEOR": 0.25}, "SPICE"), (None, {}, "Java")):
-        monkeypatch.setattr(captions.shutil, "which", lambda name: java)
-        scores, note = java_metrics({1: "A dog.", 2: "a cat"}, {2: ["a cat", "Cats!"], 1: ["a dog"]})
-        assert scores == expected and words in note and "\n" not in note

@@ -95,37 +95,6 @@ def test_two_processes_stop_at_a_signal_and_go_on_as_if_uninterrupted(number, tm
     assert [name for name in straight if not equal(straight[name], told[name])] == [] and set(told) == set(straight)
 
 
-SLOW = """
-import sys, time
-sys.path.insert(0, {root!r})
-import train
-original = train.checkpoint.save
-def slow(*args, **content):
-    time.sleep(3)
-    original(*args, **content)
-train.checkpoint.save = slow
-train.main(sys.argv[1:])
-"""
-
-
-@pytest.mark.slow
-def test_all_processes_wait_for_a_slow_save_after_a_signal(tmp_path, monkeypatch):
-    """If one ended while the first still saves, torchrun would kill the first."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT)))
-    process = start(["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-                     str(29_000 + os.getpid() % 500), "slow.py", *SMALL, "--steps", "500", "--micro-batch", "2",
-                     "--save-every", "1000", "--eval-every", "1000", "--name", "told"])
-    log = Path("runs/told/log.jsonl")
-    while not (log.exists() and log.read_text().count("\n") > 3):
-        assert process.poll() is None
-        time.sleep(0.05)
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        os.kill(int(child), signal.SIGUSR1)
-    assert process.wait(60) != 0
-    assert 3 <= checkpoint.load("runs/told/last.pt", "magvlt")["step"] < 500
-
-
 BROKEN = """
 import sys
 sys.path.insert(0, {root!r})

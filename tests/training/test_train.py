@@ -6,15 +6,12 @@ import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import sample
 import train
 from nanomagvlt.config import preset
-from nanomagvlt.data import cache
-from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.training import cost, loop, train_vqgan, update
 
 SMALL = """
@@ -167,21 +164,6 @@ def test_no_decay_on_biases_norms_embeddings_positions(cfg, model):
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
 
 
-def test_validation_is_shown_beside_the_reference_run_of_the_same_settings(straight, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "results" / "small").mkdir(parents=True)
-    for name in ("config.json", "log.jsonl"):
-        (tmp_path / "results" / "small" / name).write_bytes(straight[name])
-    monkeypatch.setattr(train, "REFERENCES", tmp_path / "results")
-    run("--name", "same", "--seed", "5", "--vqgan", "")
-    losses = [record["val_mask"] for record in map(json.loads, straight["log.jsonl"].splitlines())
-              if "val_mask" in record]
-    out = capsys.readouterr().out
-    assert len(losses) == 2 and all(f"(mask {loss:.3f} in data/results/small)" in out for loss in losses)
-    run("--name", "other", "--lr", "1e-4")
-    assert "in data/results" not in capsys.readouterr().out
-
-
 def test_what_samples_is_the_moving_average_of_what_is_trained(straight, cfg, model):
     averaged = copy.deepcopy(model)
     with torch.no_grad():
@@ -302,13 +284,6 @@ def test_a_benchmark_measures_updates_and_keeps_nothing(tmp_path, monkeypatch, c
     assert any("aten::" in line for line in lines) and not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         train.main(["--preset", "tiny", "--benchmark", "0"])
-
-
-def test_random_pairs_fill_all_positions():
-    cfg = preset("base")
-    batch = cache.make_batch(cost.RandomPairs(cfg), BPE([]), np.arange(3), cfg)
-    assert (batch["text_lengths"] == cfg.text_length).all() and batch["tall_tokens"].shape == (3, cfg.image_tokens // 2)
-    assert 0 <= batch["image_tokens"].min() and cfg.codebook_size // 2 < batch["image_tokens"].max() < cfg.codebook_size
 
 
 def test_memory_grows_with_pairs_and_blocks():
