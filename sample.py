@@ -194,8 +194,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-# ---------------------------------------------------------------------------------------------- from the command line
-
 # Each flag on the left needs one of those on the right.
 NEEDS = (("text", "image together"), ("region mask keep", "image"), ("region mask keep", "prompt together"),
          ("outside", "region mask"), ("blend", "image"), ("blend guidance attention", "prompt"),

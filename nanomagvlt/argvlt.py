@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from nanomagvlt.decoding import SamplingConfig
-from nanomagvlt.masking import sample
 from nanomagvlt.model import KVCache
 from nanomagvlt.objectives import Batch, Logits, Terms, autocast, masked_cross_entropy
 from nanomagvlt.rng import Rng, random_rows
@@ -63,12 +62,12 @@ def next_states(states: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- sampling
 
-def next_token(model, seq: Sequence, columns: Tensor, cache: KVCache | None, kind: str, temperature: Tensor, top_k: int,
-               uniform: Tensor) -> Tensor:
+def next_token(model, seq: Sequence, columns: Tensor, cache: KVCache | None, kind: str, config: SamplingConfig,
+               temperature: Tensor, uniform: Tensor) -> Tensor:
     """Reads the columns (L',), and samples the token (B,) after the last of them, by uniform numbers (B, 1)."""
     states = model(seq, columns, cache)                                                              # (B, L', D)
-    logits = model.logits(states[:, -1:], kind).float() / temperature                                        # (B, 1, V)
-    return sample(logits, uniform, top_k)[0][:, 0]
+    logits = model.logits(states[:, -1:], kind)                                                      # (B, 1, V)
+    return config.sample(logits, temperature, uniform)[0][:, 0]
 
 
 @torch.no_grad()
@@ -78,8 +77,8 @@ def generate(model, task: str, batch: Batch, to_fill: dict[str, Tensor], samplin
     """Fills the generated piece of a task, token after token: the batch with its new tokens, and no trace.
 
     The arguments are those of decoding.generate(). Of sampling, only temperature (linear from the first token to the
-    last) and top_k are used; guidance and update_length are not. A text has at most its length in the batch: all tokens
-    after its first end token are end tokens.
+    last) and the rules of sample() are used; guidance and update_length are not. A text has at most its length in the
+    batch: all tokens after its first end token are end tokens.
 
     use_cache keeps the keys and values of the columns that were read, in tensors as long as the sequence. Without it
     everything is read again for each token; the tokens are the same. `step` replaces next_token(), to compile it: with
@@ -98,7 +97,7 @@ def generate(model, task: str, batch: Batch, to_fill: dict[str, Tensor], samplin
     cache = (cache or model.new_cache(rows, len(columns))) if use_cache else None
     num_read = 0
     for i, j in enumerate(range(span.start, span.stop)):
-        token = step(model, seq, columns[num_read:j], cache, kind, temperature[i], config.top_k, uniform[:, i:i + 1])
+        token = step(model, seq, columns[num_read:j], cache, kind, config, temperature[i], uniform[:, i:i + 1])
         num_read = j if use_cache else 0
         token = token.masked_fill(is_over, end)                                                      # (B,)
         seq.token_ids[:, j] = torch.where(fill[:, i], token + first_id, seq.token_ids[:, j])         # (B,)

@@ -101,8 +101,8 @@ class Config:
     ema: float = 0.999                       # decay per update of the average of the weights, which samples; 0: none
     # Decoding (section 3.2)
     image_steps: int = decoding(16)          # K for images; P 10
-    image_schedule: str = decoding("cosine") # gamma in decoding: cosine, linear, square; P cosine
-    image_order: str = decoding("gumbel")    # kept first: gumbel, inverse, confidence, random, halton; R gumbel
+    image_schedule: str = decoding("cosine") # gamma in decoding, one of masking.SCHEDULES; P cosine
+    image_order: str = decoding("gumbel")    # kept first, one of masking.ORDERS; R gumbel
     image_temperature: tuple[float, ...] = decoding((0.3, 0.1))  # sampling temperature, first step and last; R 1.4,0.6
     image_noise: tuple[float, ...] = decoding((0.5, 0.1))  # scale of gumbel's noise, first step and last; R 2,0.2
     image_top_k: int = decoding(0)           # sample among this many likeliest tokens; 0: among all

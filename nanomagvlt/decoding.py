@@ -34,19 +34,23 @@ class SamplingConfig:
     noise: tuple[float, float]        # scale of the noise of order "gumbel", at the first step and at the last
     top_k: int                        # sample among this many most likely tokens; 0: among all
     can_remask: bool                  # whether a token that was kept can be masked again
-    min_p: float                      # confidence is log max(p, min_p), with p after temperature and top_k
+    p_floor: float                    # confidence is log max(p, p_floor), with p after temperature and top_k
     rows: int                         # rows of the grid of positions, for the Halton order; 1 for a text
+
+    def sample(self, logits: Tensor, temperature: Tensor | float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """masking.sample() by these rules, also for ARGVLT: tokens and their probabilities, (B, N) each."""
+        return sample(logits.float() / temperature, uniform, self.top_k)
 
 
 def sampling_config(cfg, kind: str, **changes) -> SamplingConfig:
     """The settings of "image" or "text" tokens in cfg, with fixed rules of the release; `changes` replace fields."""
     if kind == "image":
         settings = SamplingConfig(cfg.image_steps, cfg.image_schedule, cfg.image_order, cfg.image_temperature,
-                                  cfg.image_noise, cfg.image_top_k, can_remask=False, min_p=2.0 ** -10, rows=cfg.grid)
+                                  cfg.image_noise, cfg.image_top_k, can_remask=False, p_floor=2.0 ** -10, rows=cfg.grid)
     else:
         settings = SamplingConfig(cfg.text_steps, cfg.text_schedule, cfg.text_order, cfg.text_temperature,
                                   cfg.text_noise, cfg.text_top_k, can_remask=True,
-                                  min_p=torch.finfo(torch.float32).tiny, rows=1)
+                                  p_floor=torch.finfo(torch.float32).tiny, rows=1)
     return replace(settings, **changes)
 
 
@@ -110,9 +114,9 @@ def decode_step(state: DecodeState, logits: Tensor, k: int, uniform: Tensor) -> 
     """
     config, last = state.config, state.config.steps - 1
     temperature, noise = (a + (b - a) * k / max(1, last) for a, b in (config.temperature, config.noise))
-    sampled, p = sample(logits / temperature, uniform[:, 0], config.top_k)                           # (B, N) each
+    sampled, p = config.sample(logits, temperature, uniform[:, 0])                                   # (B, N) each
     state.tokens = torch.where(state.is_masked, sampled, state.tokens)                               # (B, N)
-    state.confidence = torch.where(state.is_masked, p.clamp(min=config.min_p).log(), state.confidence)
+    state.confidence = torch.where(state.is_masked, p.clamp(min=config.p_floor).log(), state.confidence)
     state.trace.append(Step(state.is_masked, state.tokens, state.confidence))
     if k < last:
         scores = order_scores(config.order, state.confidence, noise, uniform[:, 1], state.halton)    # (B, N)
@@ -161,10 +165,9 @@ def generate(model, task: str, batch: dict[str, Tensor], to_fill: dict[str, Tens
             shown = empty_texts(task, shown, is_null, cfg.end_token)
         seq = build(task, cfg, shown, masks)
         last_states = model(seq)                                                                     # (B, L, D)
-        logits = [model.logits(last_states[:, seq.slices[piece]], KIND[piece]).float()               # (B, N, V) each
-                  for piece in states]
+        logits = [model.logits(last_states[:, seq.slices[piece]], KIND[piece]) for piece in states]  # (B, N, V) each
         if is_guided:
-            logits = [null + guidance * (given - null) for given, null in (both.chunk(2) for both in logits)]
+            logits = [null + guidance * (given - null) for given, null in (both.float().chunk(2) for both in logits)]
         return logits
     decode(predict_logits, list(states.values()), generator)
     return current()[0], {piece: state.trace for piece, state in states.items()}

@@ -246,10 +246,10 @@ def test_of_a_pair_what_is_given_stays(cfg, model, batch):
 
 def test_decoding_rules_are_those_of_the_release():
     assert sampling_config(preset("base"), "image") == SamplingConfig(
-        10, "cosine", "gumbel", (1.4, 0.6), (2.0, 0.2), 0, can_remask=False, min_p=2 ** -10, rows=16)
+        10, "cosine", "gumbel", (1.4, 0.6), (2.0, 0.2), 0, can_remask=False, p_floor=2 ** -10, rows=16)
     assert sampling_config(preset("large"), "text") == SamplingConfig(
         12, "linear", "inverse", (0.1, 0.1), (0.0, 0.0), 32, can_remask=True,
-        min_p=torch.finfo(torch.float32).tiny, rows=1)
+        p_floor=torch.finfo(torch.float32).tiny, rows=1)
     assert preset("base").length_positions == 16
 
 

@@ -132,8 +132,6 @@ class Pipeline:
         done, traces = self.fill("it2it", batch, {"image": holes, "text": gaps}, sampling, generator, not text)
         return done["image_tokens"], done["text_tokens"], done["text_lengths"], traces
 
-    # ------------------------------------------------------------------------------------------ strings and pictures
-
     def draw(self, prompts: list[str], generator: torch.Generator) -> np.ndarray:
         """A picture for each prompt: uint8 (B, S, S, 3)."""
         return self.tokens_to_image(self.draw_tokens(prompts, generator)[0])

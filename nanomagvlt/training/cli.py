@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from nanomagvlt.config import PRESETS, Config, preset
+from nanomagvlt.config import CHOICES, PRESETS, Config, preset
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,8 +60,9 @@ def add_config_flags(parser: Parser, names: list[str] | None = None) -> None:
     group = parser.add_argument_group("settings (P: the paper's)")
     for field in dataclasses.fields(Config):
         if field.name in names if names else field.name != "text_vocab":  # which follows from the merges
-            group.add_argument("--" + field.name.replace("_", "-"), type=reader(field.type), metavar="X",
-                               default=argparse.SUPPRESS, help=comments[field.name].replace("%", "%%"))
+            group.add_argument("--" + field.name.replace("_", "-"), type=reader(field.type),
+                               metavar="|".join(CHOICES.get(field.name, "X")), default=argparse.SUPPRESS,
+                               help=comments[field.name].replace("%", "%%"))
 
 
 def given_settings(args: argparse.Namespace, names: list[str]) -> dict:

@@ -16,6 +16,7 @@ import eval
 import sample
 import train
 from nanomagvlt.config import preset
+from nanomagvlt.masking import ORDERS, SCHEDULES
 from nanomagvlt.model import MAGVLT
 from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.tokenizers.vqgan import VQGAN
@@ -264,7 +265,7 @@ def test_eval_edit_needs_captions_that_fit(trained, capsys):
 
 def test_eval_sweep_varies_what_the_model_can_use(trained, capsys):
     rows, _ = measured("sweep --phrasings 1 --num-pairs 2", capsys)
-    assert len(rows) == (8 + 6 + 5) * 5 and not any("guidance" in row for row in rows)
+    assert len(rows) == (len(ORDERS) + len(SCHEDULES) + 6 + 5) * 5 and not any("guidance" in row for row in rows)
     assert "condition_dropout" in refused("eval.py", ["sweep", "--vary", "guidance"], capsys)
     untrained(Path("guided.pt"), task_weights=ALL_TASKS, condition_dropout=0.1)
     found, _ = measured("sweep --phrasings 1 --checkpoint guided.pt --vary guidance", capsys)
