@@ -1,2 +1,2 @@
-"""MAGVLT: one bidirectional transformer that draws a prompt and captions an image. Start with masking.py."""
+"""MAGVLT: one bidirectional transformer that draws a prompt and captions an image. Start with config.py."""
 __version__ = "0.1.0"

@@ -2,8 +2,8 @@
 
 This is the model to which the paper compares MAGVLT. The sequence has the same layout, no token is masked, and each
 position attends only to itself and to the positions before it. The model learns to predict the next token, and
-generates one token after the other. There is no it2it, and no predicted length: the end token is one of the tokens. Of
-a partly given image or text, too, it sees only the tokens before the current one.
+generates one token after the other. There is no it2it, and no predicted length: the end token is one of the tokens. In
+a partly given image or text, too, it sees only earlier tokens.
 
 The state at a position predicts the token of the next position. next_states() moves all states one position to the
 right: then the state at a position predicts the token of this position, and the rest of the code is as in MAGVLT.
@@ -77,8 +77,8 @@ def generate(model, task: str, batch: Batch, to_fill: dict[str, Tensor], samplin
     """Fills the generated piece of a task, token after token: the batch with its new tokens, and no trace.
 
     The arguments are those of decoding.generate(). Of sampling, only temperature (linear from the first token to the
-    last) and the rules of sample() are used; guidance and update_length are not. A text has at most its length in the
-    batch: all tokens after its first end token are end tokens.
+    last) and the rules of sample() are used; guidance and update_length are not. A text is at most as long as in the
+    batch; what is filled after its first end token are end tokens.
 
     use_cache keeps the keys and values of the columns that were read, in tensors as long as the sequence. Without it
     everything is read again for each token; the tokens are the same. `step` replaces next_token(), to compile it: with

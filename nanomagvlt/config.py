@@ -76,7 +76,7 @@ class Config:
     task_weights: dict[str, float] = per_task(t2i=2.0, i2t=2.0, it2it=1.0)  # how often each is drawn; P 8, 1, 1
     length_weight: float = 0.1               # lambda_TL; P 0.01
     length_pass: str = "own"                 # the length is learned in the main pass, or in its own pass; R main
-    length_positions: int = 1                # masked text positions from which the length is predicted; R 16
+    length_positions: int = 1                # masked positions in a text's place when its length is predicted; R 16
     unroll_mask: bool = False                # UnrollMask (section 3.3): one more pass, not in IT2IT; P true
     unroll_weight: float = 1.0               # lambda_UM; P 1
     unroll_text: str = "masked"              # text positions that UnrollMask may mask again: masked (before), or all
@@ -90,7 +90,7 @@ class Config:
     steps: int = 10_000                      # updates; P 40,000
     batch_size: int = 16                     # pairs per update, of all processes together; P 4,096
     micro_batch: int = 0                     # pairs in one pass through the model; 0: the whole batch
-    precision: str = "fp32"                  # fp32, or bf16: matrix products in bfloat16 (on a GPU sampling too)
+    precision: str = "fp32"                  # fp32, or bf16: matrix products in bfloat16 (on a GPU, sampling too)
     compile: bool = False                    # torch.compile: a slow start, then fewer and larger kernels
     lr: float = 1e-3                         # peak learning rate; P 4.5e-4
     decay_fraction: float = 0.3              # last share of the updates, in which lr falls to 0 as a cosine; P 1
@@ -98,7 +98,7 @@ class Config:
     betas: tuple[float, ...] = (0.9, 0.96)   # AdamW; P 0.9, 0.96
     weight_decay: float = 0.045              # on matrices, except embeddings and positions; P 0.045
     grad_clip: float = 4.0                   # largest gradient norm; P 4
-    ema: float = 0.999                       # decay per update of the average of the weights, which samples; 0: none
+    ema: float = 0.999                       # decay per update of the averaged weights, used to sample; 0: none
     # Decoding (section 3.2)
     image_steps: int = decoding(16)          # K for images; P 10
     image_schedule: str = decoding("cosine") # gamma in decoding, one of masking.SCHEDULES; P cosine
@@ -263,8 +263,8 @@ DECODING = [f.name for f in dataclasses.fields(Config) if "decoding" in f.metada
 VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "vq_multipliers", "vq_res_blocks",
                 "vq_attention", "vq_latent", "vq_groups", "vq_patchwise")
 
-# Fields that may change when a run resumes. (Another micro_batch draws other dropout, of merges too, other partners and
-# directions of MixSel and, if its texts are padded to another length, other text masks.)
+# Fields that may change when a run resumes. (Another micro_batch changes dropout, BPE dropout, MixSel's partners and
+# directions and, if the padded length changes, text masks.)
 MAY_CHANGE = ("steps", "micro_batch", "compile", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")
 
 

@@ -95,7 +95,7 @@ def read_tensors(path: str | Path, what: str, mmap: bool = True, inert: tuple[st
                 entries = archive.infolist()
             if sum(entry.file_size for entry in entries) > 2 * Path(path).stat().st_size:
                 raise ValueError  # a small file that unpacks to a huge one
-            # torch.load() refuses a zip with constants.pkl, as TorchScript's. Tensors do not need it: it is renamed.
+            # torch.load() refuses constants.pkl: it means TorchScript. Tensors do not need it: it is renamed.
             if any(entry.filename.endswith("/constants.pkl") for entry in entries):
                 content = io.BytesIO(Path(path).read_bytes().replace(b"/constants.pkl", b"/constants.not"))
         # The unpickler can fill an OrderedDict, but no other subclass of dict, such as Lightning's AttributeDict.

@@ -20,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-SLACK = 1e-9  # larger than float64's rounding errors of gamma x N, where that is a whole number
+SLACK = 1e-9  # more than float64's rounding error, where gamma x N should be a whole number
 
 SCHEDULES = {  # gamma(u): exactly 1 at u = 0, exactly 0 at u = 1, and falling between
     "cosine": lambda u: torch.sin((1 - u) * (math.pi / 2)),  # images: cos(pi u / 2), as a sine so that 0 is exact
@@ -37,13 +37,13 @@ def gamma(u: Tensor, schedule: str) -> Tensor:
 
 def num_masked(share: Tensor, num_positions: Tensor | int, round_up: bool = True) -> Tensor:
     """ceil(share x N), or floor, at least 1 and at most N (section 3.1). share, in [0, 1], and N broadcast."""
-    masked = share.double() * num_positions                                                          # (B,)
+    masked = share.double() * num_positions
     masked = (masked - SLACK).ceil() if round_up else (masked + SLACK).floor()
     return masked.clamp(min=1).long().clamp(max=num_positions)
 
 
 def decoding_counts(num_to_fill: Tensor, steps: int, schedule: str, can_remask: bool) -> Tensor:
-    """Masked positions before each of the K decoding steps, for M numbers n of positions to fill: (M,) -> (M, K).
+    """How many positions are masked before each of K steps, for each of M totals n to fill: (M,) -> (M, K).
 
     An image token that is revealed stays: ceil(gamma(k/K) n), and each step reveals at least one. (decode() refuses
     fewer positions than steps.) A text token can be masked again (can_remask): floor(gamma(k/K) n), at least 1. The

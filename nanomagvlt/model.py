@@ -34,8 +34,8 @@ class Attention(nn.Module):
                 cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x (B, L, D), attn_mask (B, 1, 1 or L, L) bool -> (B, L, D). Query length_row attends to no key after it.
 
-        With a cache, x (B, L', D) is only the columns (L',) of the sequence: their keys and values enter the cache
-        (B, H, L, D/H), and x attends to the cache.
+        With a cache, x (B, L', D) is only some columns (L',), which are positions of the sequence: their keys and
+        values enter the cache (B, H, L, D/H), and x attends to the cache.
         """
         b, l, d = x.shape
         q, k, v = self.qkv(x).view(b, l, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, L, D/H) each
@@ -106,8 +106,8 @@ class MAGVLT(nn.Module):
     def forward(self, seq: Sequence, columns: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """The states after the last block (no LayerNorm follows): (B, L, D).
 
-        A causal model can read some columns (L',) of the sequence alone: with a cache that holds the columns before
-        them, or from column 0 on. The result is then (B, L', D).
+        A causal model can read only some columns (L',), which are positions of the sequence: with a cache those after
+        the cached ones, without it the first ones. The result is then (B, L', D).
         """
         part = slice(None) if columns is None else columns
         x = self.token_table(seq.token_ids[:, part]) + self.embed_positions(seq.position_ids[part])    # (B, L, D)

@@ -16,9 +16,9 @@ batch, torch.compile, freeing one pass's memory before the next) is outside, in 
 
 A batch is a dict of tensors: image_tokens (B, G G), text_tokens (B, T), text_lengths (B,) and, for MixSel, the tokens
 of the squeezed image: tall_tokens (B, G G/2), at half its width, and wide_tokens (B, G G/2), at half its height.
-Randomness comes from `rng` (see rng.py); another name of a purpose gives other numbers.
+Randomness comes from `rng` (see rng.py); each of its purposes gives its own numbers.
 
-Shapes: B batch, N positions of a piece (G x G for an image, T for a text, padded to the longest of the batch), V
+Shapes: B batch, N positions of a piece (G x G for an image, T for a text, padded to about the longest of the batch), V
 vocabulary of the piece. Read on in decoding.py.
 """
 import math
@@ -54,7 +54,7 @@ def total_loss(cfg, mask: Tensor | float = 0.0, length: Tensor | float = 0.0, un
 def losses(model, task: str, batch: Batch, rng: Rng, run: Callable | None = None) -> tuple[Tensor, Terms]:
     """The loss of a batch in one task, and its terms by name, without their weights.
 
-    `run` replaces run_pass(). Training gives one that also does the backward pass, so that the loss is only a number.
+    `run` replaces run_pass(). Training passes one that also runs backward, so the returned loss has no graph.
     """
     cfg, record, run = model.cfg, TASKS[task], run or run_pass
     shown = drop_captions(task, batch, rng, cfg) if model.training else batch
@@ -75,7 +75,7 @@ def losses(model, task: str, batch: Batch, rng: Rng, run: Callable | None = None
 
     if cfg.mixsel != "off":                                                                          # figure 5
         mixed, mixed_masks, selector = mix(task, batch, rng, cfg)
-        selector = selector if cfg.mixsel == "select" else None  # "random" is MixRandom: none is told (appendix E)
+        selector = selector if cfg.mixsel == "select" else None  # "random" is MixRandom: no selector (appendix E)
         terms |= run(model, "mixsel", build(task, cfg, mixed, mixed_masks, selector), mixed)[0]      # eq. 5
     return total_loss(cfg, **terms), terms
 
@@ -85,7 +85,7 @@ def losses(model, task: str, batch: Batch, rng: Rng, run: Callable | None = None
 def run_pass(model, name: str, seq: Sequence, targets: Batch, score: Callable | None = None) -> tuple[Terms, Logits]:
     """One pass through the model: its terms, and the logits (B, N, V) by piece, if UnrollMask is used.
 
-    `name` is that of its term. Pass "length" has only that; with cfg.length_pass "main", pass "mask" has it too.
+    `name` names its term. Pass "length" has only the length; with cfg.length_pass "main", "mask" has it too.
     `score` replaces score_pass(), to compile it.
     """
     with autocast(model.cfg, seq.token_ids.device):
@@ -247,7 +247,7 @@ def join_texts(first: Batch, second: Batch, piece: str, cfg) -> tuple[Tensor, Te
     """Two texts as one, `a || b end`: tokens (B, T'), lengths (B,), and the masks of a and of b, (B, T') each.
 
     cfg.mixsel_separators separators replace a's end token; the end token belongs to neither. T' is enough for any two
-    texts of the batch, but at most cfg.text_length. If not all fits, the longer is cut, none below half the room.
+    texts of the batch, but at most cfg.text_length. If not all fits, a text over half of it is cut, as far as needed.
     """
     name, gap = f"{piece}_tokens", cfg.mixsel_separators
     t = min(cfg.text_length, 2 * (first[name].shape[1] - 1) + gap + 1)  # a, separators, b, end token

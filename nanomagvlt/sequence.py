@@ -1,15 +1,15 @@
 """Chapter 2 - The sequence: what the transformer reads, in which order, and which position attends to which.
 
 A task is data: a record in TASKS. It lists the pieces of the sequence in order, the pieces whose tokens are masked and
-generated, and the passes of training that it has. All other files read these records (section 3.1, appendix A):
+generated, and the passes of training that it has. The other files read these records (section 3.1, appendix A):
 
   t2i           BOC BOT text[T] BOG BOI image[N]       the caption is given, the image is generated
   i2t           BOC BOI image[N] BOG BOT text[T]       the image is given, the caption is generated
   it2it         BOC BOI image[N] BOG BOT text[T]       both are partly masked, and generated together
 
-BOI and BOT begin an image and a text, BOC begins the given half of the sequence, BOG the generated half. (LEFT, RIGHT,
-TOP, BOTTOM replace BOG when two contexts are mixed, and select one of them: see MixSel in objectives.py.) MASK_IMG and
-MASK_TXT stand where a token is masked. A text has T positions; those from its length on are padding.
+BOI and BOT begin an image and a text, BOC begins the first half of the sequence, BOG the second, generated half. (LEFT,
+RIGHT, TOP, BOTTOM replace BOG when two contexts are mixed, and select one of them: see MixSel in objectives.py.)
+MASK_IMG and MASK_TXT stand where a token is masked. A text has T positions; those from its length on are padding.
 
 The input at a position is the sum of two rows (the details are those of the authors' released code):
   token table      image tokens first, then text tokens, then the ten special tokens
@@ -70,8 +70,8 @@ class Vocabulary:
         self.num_tokens = text_end + len(SPECIAL_TOKENS)
         n, t = cfg.image_tokens, cfg.text_length  # there are n + t + 4 special rows, as in the release
         self.positions = {"image": slice(0, n), "text": slice(n, n + t), "special": slice(n + t, 2 * (n + t) + 4)}
-        # Of two pieces of one kind in a task, the first in the sequence has these rows; the second has rows of its own,
-        # in a block of n + t rows after these.
+        # If a task has two pieces of one kind, the first has these rows; the second has its own, in a block of n + t
+        # rows after the special rows.
         self.block = n + t
         counts = [Counter(KIND[piece] for piece in TASKS[task].pieces if piece in KIND) for task in cfg.task_shares]
         further = max(max(count.values()) for count in counts) - 1
@@ -178,7 +178,7 @@ def build(task: str, cfg, batch: dict[str, Tensor], masks: dict[str, Tensor] | N
 
 
 def build_for_length(task: str, cfg, batch: dict[str, Tensor], masks: dict[str, Tensor]) -> Sequence:
-    """The sequence from which a text's length is predicted: of the text it has cfg.length_positions masked positions.
+    """The sequence that predicts a text's length: the text is replaced by cfg.length_positions masked positions.
 
     Their number matters. BOT does not attend to them, but the image positions do, and BOT attends to those. With one
     masked position per token, BOT could read the length that it must predict.
