@@ -70,8 +70,8 @@ class Vocabulary:
         self.num_tokens = text_end + len(SPECIAL_TOKENS)
         n, t = cfg.image_tokens, cfg.text_length  # there are n + t + 4 special rows, as in the release
         self.positions = {"image": slice(0, n), "text": slice(n, n + t), "special": slice(n + t, 2 * (n + t) + 4)}
-        # If a task has two pieces of one kind, the first has these rows; the second has its own, in a block of n + t
-        # rows after the special rows.
+        # If a task has two pieces of one kind, the first has these rows; the second has its own, which start
+        # random, in a block of n + t rows after the special rows.
         self.block = n + t
         counts = [Counter(KIND[piece] for piece in TASKS[task].pieces if piece in KIND) for task in cfg.task_shares]
         further = max(max(count.values()) for count in counts) - 1
@@ -99,7 +99,7 @@ class Sequence:
     is_masked: Tensor          # (B, L) True: the token is hidden, and predicted
     is_valid: Tensor           # (B, L) False: padding
     attn_mask: Tensor          # (B, 1, 1, L), or (B, 1, L, L) if causal. True: the query (row) attends to the key
-    slices: dict[str, slice]   # the positions of each piece, and of each special token
+    slices: dict[str, slice]   # the positions of each piece, and of each special token (the last of its name)
     bog: int                   # the position of BOG: the generated half begins here
     length_row: int | None     # the BOT that predicts the length: this query attends to no key after it
 
