@@ -18,7 +18,7 @@ def test_both_tasks_are_compared_at_each_batch_size(cfg):
     assert found[1]["magvlt_flops"] == 3 * found[0]["magvlt_flops"] > 9 * found[0]["argvlt_flops"]
 
 
-@pytest.mark.parametrize("task", ["t2i", "i2t"])
+@pytest.mark.parametrize("task", ["t2i", pytest.param("i2t", marks=pytest.mark.slow)])
 def test_compiled_decoding_is_one_graph_a_pass_and_gives_the_same_tokens(task, cfg, model, batch):
     batch, graphs = batch | {"text_lengths": torch.full((5,), 6)}, CompileCounter()      # no padding
     causal = MAGVLT(dataclasses.replace(cfg, model="argvlt")).eval()
