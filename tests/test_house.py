@@ -1,4 +1,4 @@
-"""Rules of the house: who imports whom, and what no file may do."""
+"""Rules of the house: which file imports which, and what no file may do."""
 import ast
 import sys
 from pathlib import Path

@@ -38,7 +38,7 @@ def masked(cfg, batch) -> dict[str, torch.Tensor]:
 
 
 def written_out(attention, x, seq):
-    """Softmax attention, one query, head and sample at a time, with the rule of who attends to whom written out."""
+    """Softmax attention, one query, head and sample at a time, with the attention rule written out."""
     b, l, d = x.shape
     h = attention.heads
     q, k, v = (part.view(b, l, h, d // h) for part in attention.qkv(x).split(d, dim=-1))

@@ -9,7 +9,7 @@ import train
 
 @pytest.mark.slow
 def test_micro_world_is_learnt_from_nothing(tmp_path, monkeypatch):
-    """A third of the unseen scenes exactly drawn, and exactly told: who ignores the condition gets 1 in 96, by luck.
+    """A third of the unseen scenes exactly drawn, and exactly told: a model that ignores the condition gets 1 in 96.
 
     The last line holds the same results against the next scene's condition: what ignoring would get.
     """

@@ -97,7 +97,7 @@ def shared(folder: Path) -> None:
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_one_two_and_four_processes_do_the_same(processes, tmp_path):
-    """All tasks, UnrollMask, MixSel, BPE dropout, unequal numbers of masked places; then a NaN in one of them."""
+    """All tasks, UnrollMask, MixSel, BPE dropout, unequal numbers of masked positions; then a NaN in one of them."""
     code = f"import test_update; from pathlib import Path; test_update.shared(Path({str(tmp_path)!r}))"
     (tmp_path / "go.py").write_text(code)
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'training'}", "OMP_NUM_THREADS": "1", "BREAK": "1"}
