@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import regex
 import torch
 from PIL import Image
 
@@ -25,6 +26,7 @@ from nanomagvlt.data import shapes
 from nanomagvlt.data.cache import encode_captions
 from nanomagvlt.data.sources import BadSample, open_image, square
 from nanomagvlt.decoding import Step
+from nanomagvlt.io import write_image
 from nanomagvlt.rng import keyed_generator
 from nanomagvlt.sampling import clip, edit, visualize
 from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, load_pipeline
@@ -105,20 +107,20 @@ def known_image(args, pipeline: Pipeline, count: int) -> tuple[np.ndarray, torch
     image, grid = read_image(args.image), pipeline.cfg.grid
     positions = edit.centre_positions(grid)                                                          # (N,)
     if args.region is not None:
-        positions = edit.mask_to_positions(edit.region(image.size, args.region), grid)
+        positions = edit.mask_to_positions(edit.region(image.size, args.region), grid, pipeline.cfg.fit)
     if args.mask:
         mask = read_image(args.mask)
         if Image.open(args.mask).has_transparency_data:
             raise ValueError(f"{args.mask} has transparent pixels: give a mask in black and white")
         if mask.size != image.size:
             raise ValueError(f"{args.mask} and {args.image} must have one size, not {mask.size} and {image.size}")
-        positions = edit.mask_to_positions(mask, grid)
+        positions = edit.mask_to_positions(mask, grid, pipeline.cfg.fit)
     if args.keep is not None:  # with a generator of its own, so that row 0 does not depend on the number of rows
         positions = edit.random_positions(grid ** 2, 1 - args.keep, count, keyed_generator("keep", args.seed))
     positions = ~positions if args.outside else positions
     if not positions.any():
         raise ValueError("nothing is masked within the square that the model reads: give another region or mask")
-    picture = np.stack([square(image, pipeline.cfg.image_size)])                                     # (1, S, S, 3)
+    picture = np.stack([square(image, pipeline.cfg.image_size, pipeline.cfg.fit)])                  # (1, S, S, 3)
     return picture, pipeline.image_to_tokens(picture).expand(count, -1), positions.expand(count, -1)
 
 
@@ -176,12 +178,10 @@ def step_sheets(args, pipeline: Pipeline, trace: list[Step], words: range = rang
 
 
 def save(out: Path, sheets: dict[str, list[Image.Image]]) -> None:
-    """Writes the picture "" to OUT, and the others beside it: "steps.gif" to OUT-steps.gif. Several pictures under one
-    name are an animation."""
+    """Writes the picture "" to OUT, and the others beside it: "steps.gif" to OUT-steps.gif."""
     paths = [out.with_name(f"{out.stem}-{name}") if name else out for name in sheets]
-    for path, (first, *others) in zip(paths, sheets.values()):
-        kind = "PNG" if path == out else None                                        # None: as its suffix says
-        first.save(path, kind, save_all=bool(others), append_images=others, duration=400, loop=0)
+    for path, frames in zip(paths, sheets.values()):
+        write_image(path, frames)
     print("-> " + ", ".join(map(str, paths)))
 
 
@@ -190,8 +190,8 @@ def print_steps(pipeline: Pipeline, trace: list[Step], lengths: torch.Tensor) ->
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which could change the terminal: a model may write any bytes."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """The text without characters that steer the terminal: a model may write any bytes. Joiners of emoji stay."""
+    return regex.sub(r"[^\P{C}\n\p{Cf}\p{Cn}\p{Co}]|\p{Bidi_Control}|[\u2028\u2029]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 # Each flag on the left needs one of those on the right.
@@ -231,7 +231,7 @@ def sample(args) -> None:
     pipeline = load_pipeline(path, args.device, args.bpe)
     if pipeline.cfg.model == "argvlt" and (args.together or args.trace or args.attention):
         raise ValueError(f"{path} is an ARGVLT, without decoding steps: it has no --together, --trace or --attention")
-    pipeline = pipeline.with_settings(**given_settings(args, DECODING))
+    pipeline = pipeline.with_settings(**given_settings(args, [*DECODING, "fit"]))
     scorer, generator = read_scorer(args, pipeline), keyed_generator("sample", args.seed)
     print(f"{path} on {pipeline.device}")
     if args.together:
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--attention", metavar="WORD", help="write the attention to a word: OUT-attention.png")
     group = parser.add_argument_group("for the authors' published checkpoints, and for --clip")
     group.add_argument("--bpe", type=Path, default=pretrained.CLIP_BPE, help="CLIP's merges (default: as downloaded)")
-    add_config_flags(parser, DECODING)
+    add_config_flags(parser, [*DECODING, "fit"])
     parser.run(sample, parser.parse(argv))
 
 

@@ -21,7 +21,8 @@ import os
 import sys
 import time
 import traceback
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -32,16 +33,16 @@ from tqdm import tqdm
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, as_json
 from nanomagvlt.data import shapes
 from nanomagvlt.data.cache import TokenCache, make_batch, rows_of_step, write_cache
-from nanomagvlt.data.sources import left_out, read_pairs
+from nanomagvlt.data.sources import Counts, Pair, left_out, pieces_of, read_pairs, source_hash
 from nanomagvlt.evaluation import small_world
-from nanomagvlt.io import first_line, one_line_error, write_json
+from nanomagvlt.io import lock, one_line_error, write_image, write_json
 from nanomagvlt.model import MAGVLT, num_parameters
 from nanomagvlt.rng import batch_uniform, keyed_generator, keyed_seed
 from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, pick_device
 from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.tokenizers.vqgan import VQGAN
 from nanomagvlt.training import checkpoint, cost, distributed
-from nanomagvlt.training.cli import Parser, add_config_flags, config_from_args, positive
+from nanomagvlt.training.cli import Parser, add_config_flags, config_from_args, explain, positive
 from nanomagvlt.training.distributed import print_rank0
 from nanomagvlt.training.loop import BAR, Clock, FiniteCheck, Interrupt, Log, Stopped, optimizer_for
 from nanomagvlt.training.train_vqgan import train_vqgan
@@ -60,7 +61,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
     model, bpe, device, is_first = pipeline.model, pipeline.bpe, pipeline.device, distributed.rank() == 0
     pipeline.model = averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = optimizer_for(model, cfg, cfg.lr)
-    step, best, clock, is_finite = resume(run, model, averaged, optimizer)
+    step, best, clock, is_finite = resume(run, model, averaged, optimizer, bpe)
     print_rank0(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, "
                 f"{cfg.steps:,} updates of {cfg.batch_size}" + (f", going on at step {step:,}" if step else ""))
 
@@ -106,14 +107,16 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
                 raise Stopped(f"{run / 'last.pt'} at step {step:,}")
 
 
-def resume(run: Path, model: MAGVLT, averaged: MAGVLT,
-           optimizer: torch.optim.Optimizer) -> tuple[int, float, Clock, FiniteCheck]:
+def resume(run: Path, model: MAGVLT, averaged: MAGVLT, optimizer: torch.optim.Optimizer,
+           bpe: BPE) -> tuple[int, float, Clock, FiniteCheck]:
     """Restores everything from last.pt, if there is one: its step, the best validation loss, the clock, the check."""
     path = run / "last.pt"
     if not path.exists():
         return 0, math.inf, Clock(), FiniteCheck(run)
     with one_line_error(path, "training cannot go on from it: take another --name"):
         state = checkpoint.load(path, "magvlt")
+        if state["bpe"] != bpe.to_text():
+            raise ValueError("it has other merges")
         model.load_state_dict(state["trained"])
         averaged.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -148,7 +151,8 @@ def save_samples(pipeline: Pipeline, cache: TokenCache, path: Path) -> None:
     written = pipeline.read_texts(*pipeline.write_tokens(image_tokens, generator)[:2])
     images = np.concatenate([drawn, pipeline.tokens_to_image(image_tokens)])
     path.parent.mkdir(exist_ok=True)
-    contact_sheet(images, [f"asked: {c}" for c in captions] + [f"wrote: {c}" for c in written], columns=8).save(path)
+    labels = [f"asked: {caption}" for caption in captions] + [f"wrote: {caption}" for caption in written]
+    write_image(path, [contact_sheet(images, labels, columns=8)])
 
 
 # ---------------------------------------------------------------------------------------------- tokenizers and cache
@@ -158,44 +162,59 @@ def source_of(cfg: Config, split: str) -> str:
     return cfg.data if split == "train" or shapes.level_of(cfg.data) and not cfg.val_data else cfg.val_data
 
 
-def pairs_of(cfg: Config, split: str, counts: Counter):
+def details_of(cfg: Config, split: str) -> tuple:
+    """What pieces_of() and read_pairs() need beside the source: how many shapes, the split, the seed."""
+    return cfg.pairs if split == "train" else 1000, split, cfg.seed
+
+
+def pairs_of(cfg: Config, split: str, counts: Counts) -> Iterator[Pair]:
     """The pairs to train or to validate on."""
-    return read_pairs(source_of(cfg, split), cfg.image_size, counts, cfg.pairs if split == "train" else 1000, split,
-                      cfg.seed)
+    return read_pairs(source_of(cfg, split), cfg.image_size, counts, *details_of(cfg, split), cfg.fit)
+
+
+def cache_folders(cfg: Config, run: Path) -> dict[str, Path]:
+    """The folder of each split's token cache, given or to be made."""
+    folders = {split: Path(cfg.cache or run / "cache", split) for split in ("train", "val")}
+    return {split: folder for split, folder in folders.items()
+            if split == "train" or (folder.exists() if cfg.cache else source_of(cfg, split))}
+
+
+def has_vqgan(cfg: Config, run: Path) -> bool:
+    """Whether there is a trained VQ-GAN, given or in the run's folder."""
+    path = run / "vqgan.pt"
+    return bool(cfg.vqgan) or path.exists() and checkpoint.load(path, "vqgan").get("step") == cfg.vq_steps
 
 
 def get_vqgan(cfg: Config, run: Path, device: torch.device) -> VQGAN:
     """The image tokenizer: given, found in the run's folder, or trained."""
     path = Path(cfg.vqgan or run / "vqgan.pt")
-    if cfg.vqgan or path.exists() and checkpoint.load(path, "vqgan").get("step") == cfg.vq_steps:
+    if has_vqgan(cfg, run):
         vqgan = checkpoint.load_vqgan(path)
         if differing := [name for name in VQGAN_FIELDS if getattr(vqgan.cfg, name) != getattr(cfg, name)]:
             raise ValueError(f"{path}: its {differing[0]} differs: give it with --vqgan, or take another --name")
         print(f"vqgan: reusing {path}")
         return vqgan.to(device)
-    return train_vqgan(cfg, pairs_of(cfg, "train", Counter()), path, device)
+    return train_vqgan(cfg, pairs_of(cfg, "train", {}), path, device)
 
 
-def get_caches(cfg: Config, run: Path, vqgan: VQGAN) -> dict[str, TokenCache]:
+def get_caches(cfg: Config, run: Path, vqgan: VQGAN, hashes: dict[str, str]) -> dict[str, TokenCache]:
     """The token caches of the training pairs and, if there are any, of the validation pairs."""
-    caches, weights = {}, checkpoint.weight_hash(vqgan)
-    for split in ("train", "val"):
-        folder = Path(cfg.cache or run / "cache") / split
-        if (folder / "meta.json").exists():
+    caches = {}
+    settings = {"vqgan": checkpoint.weight_hash(vqgan), "clean_captions": cfg.clean_captions, "fit": cfg.fit}
+    for split, folder in cache_folders(cfg, run).items():
+        if cfg.cache or (folder / "meta.json").exists():
             caches[split] = TokenCache(folder)
             print(f"cache: reusing {folder}, {len(caches[split]):,} pairs")
-        elif cfg.cache and split == "train":
-            raise ValueError(f"{folder}: no token cache there; make it with data/prepare.py")
-        elif source_of(cfg, split):
-            counts = Counter()
+        else:
+            counts: Counts = {}
             pairs = tqdm(pairs_of(cfg, split, counts), desc=f"cache {split}", unit="pair", **BAR)
-            meta = {"vqgan": weights, "source": source_of(cfg, split)}
-            caches[split] = write_cache(folder, pairs, vqgan, meta, cfg.clean_captions)
+            meta = settings | {"source": source_of(cfg, split), "made_of": hashes[f"{split} pairs"]}
+            caches[split] = write_cache(folder, pairs, vqgan, meta)
             print(f"cache: {len(caches[split]):,} pairs -> {folder}{left_out(counts)}")
-        for name, expected, flag in (("vqgan", weights, "--vqgan"),
-                                     ("clean_captions", cfg.clean_captions, "--clean-captions")):
-            if split in caches and caches[split].meta.get(name) != expected:
-                raise ValueError(f"{folder}: made with another {name}: give the right {flag}, or make it again")
+        for name, expected in settings.items():
+            if caches[split].meta[name] != expected:
+                flag = name.replace("_", "-")
+                raise ValueError(f"{folder}: made with another {name}: give the right --{flag}, or make it again")
     return caches
 
 
@@ -204,21 +223,25 @@ def get_bpe(cfg: Config, run: Path, cache: TokenCache) -> BPE:
     path = Path(cfg.bpe) if cfg.bpe else run / "bpe.txt"
     if cfg.bpe or path.exists():
         print(f"bpe: reusing {path}")
-        return BPE.load(path)
-    bpe = BPE.train((caption for i in range(len(cache)) for caption in cache.captions([i])), cfg.bpe_merges)
-    bpe.save(path)
-    print(f"bpe: {len(bpe.merges)} merges trained on {len(cache):,} captions -> {path}")
+        bpe = BPE.load(path)
+    else:
+        bpe = BPE.train((caption for i in range(len(cache)) for caption in cache.captions([i])), cfg.bpe_merges)
+        bpe.save(path)
+        print(f"bpe: {len(bpe.merges)} merges trained on {len(cache):,} captions -> {path}")
+    some = cache.captions(np.linspace(0, len(cache) - 1, min(2000, len(cache))).astype(int))
+    if cut := sum(len(bpe.encode(caption)) >= cfg.text_length for caption in some) / len(some):
+        print(f"captions: {cut:.1%} do not fit {cfg.text_length} tokens and are cut: see --text-length, --bpe-merges")
     return bpe
 
 
-def run_stages(cfg: Config, run: Path, device: torch.device, last: str) -> None:
-    """All stages in order, up to the last one asked for."""
+def run_stages(cfg: Config, run: Path, device: torch.device, last: str, hashes: dict[str, str]) -> None:
+    """All stages in order, up to the last one asked for. hashes: of check_inputs()."""
     started = time.monotonic()
     if distributed.rank() > 0:  # the first process makes the tokenizers and the cache, and the others then find them
         distributed.barrier()
     with contextlib.redirect_stdout(None) if distributed.rank() > 0 else contextlib.nullcontext():
         vqgan = get_vqgan(cfg, run, device).eval().requires_grad_(False)
-        caches = get_caches(cfg, run, vqgan) if last != "vqgan" else {}
+        caches = get_caches(cfg, run, vqgan, hashes) if last != "vqgan" else {}
         bpe = get_bpe(cfg, run, caches["train"]) if last not in ("vqgan", "cache") else None
     if distributed.rank() == 0:
         distributed.barrier()
@@ -254,29 +277,43 @@ def take_from_tokenizers(args) -> None:
         args.text_vocab = BPE.load(args.bpe).vocab_size
 
 
-def missing_inputs(cfg: Config, run: Path, args) -> str:
-    """What a run still needs, as one line; "" if nothing."""
+def check_inputs(cfg: Config, run: Path, args, device: torch.device) -> dict[str, str]:
+    """Checks all that a run needs before work begins, and returns a hash of each input: what it holds, not where it is.
+    Raises ValueError for an input that is absent or cannot fit."""
     if not cfg.data and not (cfg.cache and cfg.vqgan):
-        return f"preset {args.preset} has no data: give --data, or --cache and --vqgan (see data/README.md)"
+        raise ValueError(f"preset {args.preset} has no data: give --data, or --cache and --vqgan (see data/README.md)")
     for flag, given, file, stages in (("--vqgan", cfg.vqgan, "vqgan.pt", STAGES[1:]),
                                       ("--bpe", cfg.bpe, "bpe.txt", STAGES[2:])):
         if args.preset in ("base", "large") and args.stage in stages and not (given or (run / file).exists()):
-            return f"preset {args.preset} needs {flag}, a tokenizer trained at its scale: see data/README.md"
-    return ""
+            raise ValueError(f"preset {args.preset} needs {flag}, a tokenizer trained at its scale: see data/README.md")
+    if cfg.cache and not has_vqgan(cfg, run):
+        raise ValueError(f"--cache {cfg.cache} needs the VQ-GAN that made it: give --vqgan")
+    if cfg.compile:
+        torch.compile(torch.neg)(torch.zeros(2, device=device))  # fails where there is no compiler
+    hashes = {"vqgan": checkpoint.weight_hash(checkpoint.load_vqgan(cfg.vqgan))} if cfg.vqgan else {}
+    if cfg.bpe:
+        hashes["bpe"] = checkpoint.text_hash(BPE.load(cfg.bpe).to_text())
+    for split, folder in cache_folders(cfg, run).items():
+        hashes[f"{split} pairs"] = TokenCache(folder).meta["made_of"] if cfg.cache else source_hash(
+            pieces_of(source_of(cfg, split), cfg.image_size, *details_of(cfg, split)))
+    return hashes
 
 
-def check_run_config(cfg: Config, run: Path) -> None:
-    """Creates the run's folder, or checks that it was begun with the same settings. Raises ValueError."""
-    path, settings = run / "config.json", as_json(cfg)
-    if path.exists():
-        before = as_json(Config()) | json.loads(path.read_text())  # a setting newer than the run had its default
-        changed = [name for name in settings if settings[name] != before[name] and name not in MAY_CHANGE]
-        if changed and any(file != path for file in run.iterdir()):  # else nothing was done there yet
-            name = changed[0]
+def check_run_config(cfg: Config, run: Path, hashes: dict[str, str]) -> None:
+    """Checks that the run was begun with the same settings and inputs, or begins it. Raises ValueError."""
+    path, settings, before = run / "config.json", as_json(cfg), {}
+    if path.exists() and any(file not in (path, run / ".lock") for file in run.iterdir()):  # else nothing is done yet
+        with one_line_error(path, "damaged, or of another version"):
+            before = as_json(Config()) | {"inputs": {}} | json.loads(path.read_text())  # newer settings: their default
+    for name in settings:
+        if before and settings[name] != before[name] and name not in MAY_CHANGE:
             raise ValueError(f"{run} was begun with {name} = {before[name]}, now it is {settings[name]}: "
                              "take another --name, or delete the folder")
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+    for name, found in hashes.items():
+        if before and before["inputs"].get(name, found) != found:
+            raise ValueError(f"{run} was begun with other {name}, or they have changed since: take another --name, or "
+                             f"go on with what it has, by --cache {run}/cache --vqgan {run}/vqgan.pt")
+    write_json(path, settings | {"inputs": before.get("inputs", {}) | hashes})
 
 
 def start(cfg: Config, run: Path, device: torch.device, args) -> None:
@@ -296,9 +333,12 @@ def start(cfg: Config, run: Path, device: torch.device, args) -> None:
         for line in cost.benchmark(cfg, device, args.benchmark):
             print_rank0(line)
     if not (args.dry_run or args.benchmark):
-        if distributed.rank() == 0:
-            check_run_config(cfg, run)
-        run_stages(cfg, run, device, args.stage)
+        hashes = check_inputs(cfg, run, args, device)
+        run.mkdir(parents=True, exist_ok=True)
+        with lock(run / ".lock") if distributed.rank() == 0 else contextlib.nullcontext():
+            if distributed.rank() == 0:
+                check_run_config(cfg, run, hashes)
+            run_stages(cfg, run, device, args.stage, hashes)
 
 
 def exit_with_error(line: str, status: int = 2) -> None:
@@ -323,8 +363,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         take_from_tokenizers(args)
         cfg = config_from_args(args)
-        if not (args.dry_run or args.benchmark) and (problem := missing_inputs(cfg, run, args)):
-            raise ValueError(problem)
         device = pick_device(distributed.local_device(args.device))
         distributed.begin(device)
         start(cfg, run, device, args)
@@ -333,14 +371,9 @@ def main(argv: list[str] | None = None) -> None:
         distributed.fail(130)  # not 0: `train.py && sample.py` must not go on with half a model
     except KeyboardInterrupt:  # between the training loops: the unfinished stage starts again
         exit_with_error("stopped; the same command goes on from the last finished stage", 130)
-    except torch.OutOfMemoryError as error:
-        exit_with_error(f"out of memory on {device}: try a smaller --micro-batch or, for the VQ-GAN, --vq-batch "
-                        f"({first_line(error)})")
-    except OSError as error:
-        exit_with_error(f"{error.filename or run}: {error.strerror or error}")
-    except ValueError as error:
-        exit_with_error(str(error))
-    except Exception:
+    except Exception as error:
+        if line := explain(error):
+            exit_with_error(line)
         traceback.print_exc()
         distributed.fail(1)
     distributed.end()

@@ -14,9 +14,7 @@ A run that was stopped or killed goes on with the same command. Many processes s
 """
 import random
 import sys
-import textwrap
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +22,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywhere, without installing
 
+from nanomagvlt.config import CHOICES
 from nanomagvlt.data import cache
-from nanomagvlt.data.sources import MAX_BAD_SHARE, as_pairs, left_out, pieces_of, usable
+from nanomagvlt.data.sources import MAX_BAD_SHARE, as_pairs, left_out, num_samples, pieces_of, usable
+from nanomagvlt.io import write_image
 from nanomagvlt.sampling.pipeline import contact_sheet, pick_device
 from nanomagvlt.tokenizers.bpe import BPE, clean_caption
 from nanomagvlt.training import checkpoint
@@ -41,7 +41,9 @@ def prepare(args) -> None:
     vqgan = checkpoint.load_vqgan(args.vqgan).to(pick_device(device))
     pieces = pieces_of(args.source, vqgan.cfg.image_size, args.pairs, args.split, args.seed)
     settings = {"vqgan": checkpoint.weight_hash(vqgan), "image_size": vqgan.cfg.image_size, "crops": args.crops,
-                "seed": args.seed, "clean_captions": args.clean_captions}
+                "seed": args.seed, "clean_captions": args.clean_captions, "fit": args.fit or vqgan.cfg.fit}
+    if args.crops and settings["fit"] != "crop":
+        raise ValueError(f"--crops cuts out squares, and does not go with fit {settings['fit']}")
     paths = cache.part_paths(args.out, pieces, settings)
     if cache.is_made(args.out, paths):
         cache.remove_parts(paths)  # of a process that was killed while it removed them
@@ -54,44 +56,48 @@ def prepare(args) -> None:
         return
     made = cache.join_parts(args.out, args.source, paths, settings)
     cache.remove_parts(paths)
-    print(f"{len(made):,} pairs -> {args.out}{left_out(Counter(made.meta['counts']))}")
+    print(f"{len(made):,} pairs -> {args.out}{left_out(made.meta['counts'])}")
 
 
 def inspect(args) -> None:
     """Reads a source, or a --part of it, as training would, and prints what it contains."""
     vqgan = args.vqgan and checkpoint.load_vqgan(args.vqgan)
-    side = vqgan.cfg.image_size if vqgan else args.image_size
+    side, fit = vqgan.cfg.image_size if vqgan else args.image_size, args.fit or (vqgan.cfg.fit if vqgan else "crop")
     bpe = args.bpe and BPE.load(args.bpe)
     first, step = args.part or (0, 1)
     pieces = pieces_of(args.source, 0, args.pairs, args.split, args.seed)[first::step]
-    counts, sides, lengths, kept = Counter(), [], [], []
+    counts, sizes, lengths, kept = {}, [], [], []
     rng, started = random.Random(args.seed), time.perf_counter()
     for piece in tqdm(pieces, unit="piece"):
-        for i, (key, captions, image) in enumerate(usable(piece, counts), len(sides)):
+        for i, (key, captions, image) in enumerate(usable(piece, counts), len(sizes)):
             captions = [clean_caption(caption) if args.clean_captions else caption for caption in captions]
             lengths += [len(bpe.encode(caption)) + 1 if bpe else len(caption.split()) for caption in captions]
-            sides.append(min(image.size))
+            sizes.append(image.size)
             slot = i if i < NUM_SHOWN else rng.randrange(i + 1)  # reservoir sampling: all samples are equally likely
             if slot < NUM_SHOWN:
-                kept[slot:slot + 1] = as_pairs(key, captions[:1], image, side)
-    total, rate = sum(counts.values()), len(sides) / (time.perf_counter() - started)
-    print(f"{len(sides):,} images with {len(lengths):,} captions in {len(pieces):,} pieces, read at {rate:.0f}/s")
-    print(f"bad samples: {total - len(sides):,} of {total:,}; the limit is {MAX_BAD_SHARE:.0%}{left_out(counts)}")
-    if not sides:
+                kept[slot:slot + 1] = as_pairs(key, captions[:1], image, side, fit=fit)
+    total, rate = num_samples(counts), len(sizes) / (time.perf_counter() - started)
+    print(f"{args.source}: {len(sizes):,} images with {len(lengths):,} captions in {len(pieces):,} pieces, "
+          f"read at {rate:.0f}/s")
+    print(f"bad samples: {total - len(sizes):,} of {total:,}; the limit is {MAX_BAD_SHARE:.0%}{left_out(counts)}")
+    if not sizes:
         return
-    small, long = np.mean(np.array(sides) < side), np.mean(np.array(lengths) > args.text_length)
-    print(f"images: shorter side {spread(sides)} pixels; {small:.1%} are smaller than {side} and would be enlarged")
+    sizes, cut = np.array(sizes), np.mean(np.array(lengths) > args.text_length)
+    short, long = sizes.min(1), sizes.max(1)
+    print(f"images: shorter side {spread(short)} pixels; {np.mean(short < side):.1%} are smaller than {side} and would "
+          f"be enlarged\nwidth / height: {spread(sizes[:, 0] / sizes[:, 1])}; --fit crop leaves out "
+          f"{np.mean(1 - short / long):.1%} of an image, on average")
     print(f"captions: {spread(lengths)} " + (
-        f"tokens with the end token; {long:.1%} are longer than {args.text_length} and would be cut" if bpe
+        f"tokens with the end token; {cut:.1%} are longer than {args.text_length} and would be cut" if bpe
         else "words (with --bpe FILE: tokens, and how many are cut)"))
-    labels = [textwrap.shorten(pair.caption, 100, placeholder=" ...") for pair in kept]
-    contact_sheet(np.stack([pair.image for pair in kept]), labels, columns=6).save(args.sheet)
+    labels = [pair.caption for pair in kept]
+    write_image(args.sheet, [contact_sheet(np.stack([pair.image for pair in kept]), labels, columns=6)])
     print(f"{len(kept)} random samples -> {args.sheet}")
 
 
-def spread(values: list[int]) -> str:
-    low, median, high = np.percentile(values, [0, 50, 100]).astype(int)
-    return f"{low} to {high} (median {median})"
+def spread(values: list[float]) -> str:
+    low, median, high = np.percentile(values, [0, 50, 100]).round(2)
+    return f"{low:g} to {high:g} (median {median:g})"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="the folder to write: caches/NAME/train or .../val")
     parser.add_argument("--crops", type=positive, default=0, help="random crops of each image, as in DALL-E's "
                         "augmentation, each a pair of its own (default: the centre alone)")
+    parser.add_argument("--fit", choices=CHOICES["fit"], help="crop, squeeze or pad (with white) images that are not "
+                        "square (default: as the VQ-GAN was trained, or crop)")
     parser.add_argument("--part", type=parse_part, metavar="K/N", help="do only the K-th of N shares (default: all)")
     parser.add_argument("--pairs", type=positive, default=40_000, help="pairs to draw of shapes (default 40000)")
     parser.add_argument("--split", default="train", choices=["train", "val", "test"],

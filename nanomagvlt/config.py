@@ -34,6 +34,7 @@ class Config:
     cache: str = ""                          # a folder of token caches, train/ and val/; empty: make them from the data
     pairs: int = 40_000                      # pairs in a cache of shapes; other data are always read whole
     image_size: int = 32                     # pixels per side; P 256
+    fit: str = "crop"                        # images that are not square: crop, squeeze, or pad (with white); P crop
     text_length: int = 24                    # N_T: most text tokens in a caption, its end token included; P 64
     text_bucket: int = 4                     # T of a batch: its longest caption, rounded up to a multiple of this
     # Text tokens
@@ -183,6 +184,8 @@ class Config:
             yield f"width {self.width} is no multiple of heads {self.heads}"
         if self.position_init == "sincos" and self.width % 4:
             yield f"width {self.width} is no multiple of 4, as position_init sincos needs"
+        if absent := set(self.vq_attention) - {self.image_size >> i for i in range(len(self.vq_multipliers))}:
+            yield f"vq_attention {min(absent)}: no feature map has this side, see image_size and vq_multipliers"
         if any(self.vq_channels * m % self.vq_groups for m in self.vq_multipliers):
             yield f"vq_channels x vq_multipliers must be multiples of vq_groups {self.vq_groups}"
         if not self.vqgan and self.vq_start >= self.vq_steps:
@@ -206,6 +209,8 @@ class Config:
             yield f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}"
         if self.image_steps > self.image_tokens:
             yield f"image_steps {self.image_steps} is more than the {self.image_tokens} image tokens"
+        if self.cache and self.val_data:
+            yield "cache has the validation pairs in val/: leave val_data out"
         if self.guidance != 1 and not self.condition_dropout:
             yield f"guidance {self.guidance} needs a model trained with condition_dropout, on empty captions"
 
@@ -225,6 +230,7 @@ LIMITS = {  # what a value must be, a test for it, and the fields
 
 CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"),
            "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
+           "fit": ("crop", "squeeze", "pad"),
            "length_pass": ("own", "main"), "precision": ("fp32", "bf16"), "position_init": ("normal", "sincos"),
            "image_order": ORDERS, "text_order": ORDERS, "pair_text_order": ORDERS,
            "image_schedule": SCHEDULES, "text_schedule": SCHEDULES}
@@ -265,7 +271,9 @@ VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "v
 
 # Fields that may change when a run resumes. (Another micro_batch changes dropout, BPE dropout, MixSel's partners and
 # directions and, if the padded length changes, text masks.)
-MAY_CHANGE = ("steps", "micro_batch", "compile", "log_every", "eval_every", "sample_every", "save_every", "eval_scenes")
+PATHS = ("data", "val_data", "cache", "vqgan", "bpe")  # a run compares what is there, not where it is
+MAY_CHANGE = (*PATHS, "steps", "micro_batch", "compile", "log_every", "eval_every", "sample_every", "save_every",
+              "eval_scenes")
 
 
 def preset(name: str, **changes) -> Config:

@@ -5,10 +5,13 @@ full disk the old file is there, and never half of a new one. A file of tensors 
 code: so tensors are read by PyTorch's restricted unpickler only, and only here. Read on in tokenizers/vqgan.py.
 """
 import contextlib
+import fcntl
+import glob
 import io
 import json
 import os
 import pickletools
+import platform
 import re
 import zipfile
 import zlib
@@ -18,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 
@@ -27,6 +31,8 @@ def whole(path: Path) -> Iterator:
 
     Raises OSError with the file's name, even if a library raises another error (torch.save() on a full disk).
     """
+    for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
+        unfinished.unlink(missing_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -45,10 +51,35 @@ def whole(path: Path) -> Iterator:
     os.close(folder)
 
 
+def lock(path: Path):
+    """Creates and locks a file, until what is returned is closed: by this process, and by those that inherited it.
+    Raises ValueError, which names the process that holds the lock."""
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"{path.parent} is in use by {file.read()}: wait until it ends, or stop it") from None
+    except OSError as error:
+        print(f"{path}: {error.strerror}: nothing prevents a second process in this folder")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
 def write_json(path: Path, value) -> None:
     """Writes an indented JSON file, whole or not at all."""
     with whole(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_image(path: Path, frames: list[Image.Image]) -> None:
+    """Writes a PNG, or a GIF if the suffix says so, whole or not at all. Several frames are an animation."""
+    kind, file_in_memory = "GIF" if path.suffix == ".gif" else "PNG", io.BytesIO()  # Pillow hides a full disk's error
+    frames[0].save(file_in_memory, kind, save_all=len(frames) > 1, append_images=frames[1:], duration=400, loop=0)
+    with whole(path) as file:
+        file.write(file_in_memory.getvalue())
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
@@ -156,6 +187,6 @@ def one_line_error(path: str | Path, problem: str) -> Iterator[None]:
         raise ValueError(f"{path}: {problem}: {reason}") from None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: Exception | str) -> str:
     """The first line of a library's error message, at most 100 characters; the error's class where it is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0][:100]

@@ -14,8 +14,8 @@ def sizes() -> dict[str, tuple[int, int]]:
     package = ROOT / "nanomagvlt"
     return {"chapters 1 to 5": (count(*(package / f"{name}.py" for name in CHAPTERS)), 1000),
             "top of the package": (count(*package.glob("*.py")), 1650),
-            "package and scripts": (count(*package.rglob("*.py"), *ROOT.glob("*.py"), *ROOT.glob("data/*.py")), 7000),
-            "tests": (count(*(ROOT / "tests").rglob("*.py")), 4500)}
+            "package and scripts": (count(*package.rglob("*.py"), *ROOT.glob("*.py"), *ROOT.glob("data/*.py")), 8000),
+            "tests": (count(*(ROOT / "tests").rglob("*.py")), 4700)}
 
 
 def test_the_house_stays_small():

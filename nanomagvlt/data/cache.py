@@ -12,7 +12,6 @@ Shapes: B batch, S image side in pixels, N image tokens, T text positions. Read 
 import contextlib
 import json
 import random
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
@@ -26,9 +25,10 @@ from tqdm import tqdm
 from nanomagvlt.tokenizers.bpe import BPE, clean_caption
 from nanomagvlt.rng import keyed_generator, keyed_seed
 from nanomagvlt.io import read_arrays, whole, write_arrays, write_json
-from nanomagvlt.data.sources import Pair, Piece, as_pairs, check_bad_share, usable
+from nanomagvlt.data.sources import Counts, Pair, Piece, as_pairs, check_bad_share, count, usable
 
 CACHE_FILES = ("tokens.bin", "captions.bin", "caption_ends.bin", "meta.json")
+CACHE_SETTINGS = ("vqgan", "clean_captions", "fit", "made_of")  # in meta.json: hashes of the VQ-GAN and of the source
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
@@ -52,12 +52,13 @@ class TokenCache:
     def __init__(self, folder: Path):
         try:
             self.meta = json.loads((folder / "meta.json").read_text())
-            pairs, num_tokens = self.meta["pairs"], self.meta["image_tokens"]
+            pairs, num_tokens, *_ = map(self.meta.__getitem__, ("pairs", "image_tokens", *CACHE_SETTINGS))
             self.tokens = np.memmap(folder / "tokens.bin", np.uint16, "r", shape=(pairs, 2 * num_tokens))
             self.ends = np.memmap(folder / "caption_ends.bin", np.int64, "r", shape=(pairs,))
             self.text = np.memmap(folder / "captions.bin", np.uint8, "r", shape=(int(self.ends[-1]),))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: no whole token cache ({error}); make it with data/prepare.py") from None
+            missing = f"its meta.json lacks {error}, it is of another version" if isinstance(error, KeyError) else error
+            raise ValueError(f"{folder}: no whole token cache ({missing}); make it with data/prepare.py") from None
 
     def __len__(self) -> int:
         return self.meta["pairs"]
@@ -101,9 +102,9 @@ def tokenise(pairs: Iterable[Pair], vqgan, clean: bool) -> Iterator[Rows]:
                    np.array([len(caption) for caption in captions], dtype=np.int64))
 
 
-def write_cache(folder: Path, pairs: Iterable[Pair], vqgan, meta: dict, clean: bool = False) -> TokenCache:
-    """Makes a TokenCache of pairs, whole or absent. `meta` is added to its meta.json; `clean` as in tokenise()."""
-    return _write_rows(folder, tokenise(pairs, vqgan, clean), {"clean_captions": clean, **meta})
+def write_cache(folder: Path, pairs: Iterable[Pair], vqgan, meta: dict) -> TokenCache:
+    """Makes a TokenCache of pairs, whole or absent. `meta` has CACHE_SETTINGS, and more."""
+    return _write_rows(folder, tokenise(pairs, vqgan, meta["clean_captions"]), meta)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -116,8 +117,6 @@ def check_replaceable(folder: Path) -> None:
 def _write_rows(folder: Path, many_rows: Iterable[Rows], meta: dict) -> TokenCache:
     check_replaceable(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.tmp"):  # of a process that was killed
-        path.unlink()
     num_pairs = end = num_tokens = 0
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(whole(folder / name)) for name in CACHE_FILES[:3]]
@@ -151,11 +150,12 @@ def make_parts(paths: list[Path], pieces: list[Piece], vqgan, settings: dict, sh
 
 
 def write_part(path: Path, piece: Piece, vqgan, settings: dict, bar: tqdm) -> None:
-    """Tokenises a piece into a file, whole or absent; settings has crops, seed and clean_captions."""
-    counts, no_tokens = Counter(), np.empty((0, 2 * vqgan.cfg.image_tokens), np.uint16)
+    """Tokenises a piece into a file, whole or absent; settings has crops, seed, fit and clean_captions."""
+    counts, no_tokens = {}, np.empty((0, 2 * vqgan.cfg.image_tokens), np.uint16)
     many_rows = [Rows(no_tokens, np.empty(0, np.uint8), np.empty(0, np.int64))]  # for a piece without a good sample
     pairs = (pair for sample in usable(piece, counts)
-             for pair in as_pairs(*sample, vqgan.cfg.image_size, settings["crops"], settings["seed"]))
+             for pair in as_pairs(*sample, vqgan.cfg.image_size, settings["crops"], settings["seed"],
+                                  settings["fit"]))
     for rows in tokenise(pairs, vqgan, settings["clean_captions"]):
         many_rows.append(rows)
         bar.update(len(rows.tokens))
@@ -167,7 +167,10 @@ def write_part(path: Path, piece: Piece, vqgan, settings: dict, bar: tqdm) -> No
 def join_parts(folder: Path, source: str, paths: list[Path], settings: dict) -> TokenCache:
     """Makes the cache of a source from all its parts; meta["counts"] has the number of samples, good and by reason.
     Raises ValueError if more than 5% are bad."""
-    counts = sum((Counter(json.loads(str(read_arrays(path, "counts")[0]))) for path in paths), Counter())
+    counts: Counts = {}
+    for path in paths:
+        for reason, (number, first) in json.loads(str(read_arrays(path, "counts")[0])).items():
+            count(counts, reason, first, number)
     check_bad_share(source, counts)
     many_rows = (Rows(*read_arrays(path, *Rows._fields)) for path in paths)
     return _write_rows(folder, many_rows, {"source": source, **settings, "counts": counts, "made_of": _made_of(paths)})

@@ -11,8 +11,10 @@ A source of pairs is one string. Several sources are written with commas between
 
 A piece is a shard or ten thousand images: a share of the source that is read without the rest. Hostile input is met
 here and nowhere else: an image is recognised by its content, its size is checked before it is decoded, and nothing is
-unpacked to disk. A sample that cannot be used is counted by reason. S is the image side in pixels. Read on in cache.py.
+unpacked to disk. Whatever a source lists is read, or counted by reason. S is the image side in pixels. Read on in
+cache.py.
 """
+import codecs
 import contextlib
 import glob
 import io
@@ -24,7 +26,7 @@ import re
 import tarfile
 import warnings
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby
@@ -47,6 +49,9 @@ PIECE = 10_000           # samples in a piece, as in a shard of img2dataset
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, zlib.error,
               lzma.LZMAError)  # raised by tarfile for damaged files
 JSON_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  # damaged, or of another structure
+NO_TEXT = re.compile("[\0\ud800-\udfff]")     # in no caption: UTF-16 that was read as UTF-8, half a character of JSON
+APART = "the files of a key are not together, see tar --sort=name"
+NO_SAMPLE = ("no image", "further image of a name")  # counted, but not as bad samples: a README, a caption alone
 
 
 class BadSample(Exception):
@@ -58,13 +63,14 @@ class NotAnImage(BadSample):
     """A file that is not an image."""
 
 
+Counts = dict[str, tuple[int, str]]               # "good", or the reason -> how many, and the name of the first
 File = tuple[str, str, Path | bytes | BadSample]  # group, suffix, and the content or the reason why there is none
 Sample = tuple[str, list[str], Image.Image]       # key, captions, image
 
 
 class Piece(NamedTuple):
-    """A share of a source: load() turns each of items() into a sample, or raises BadSample."""
-    identity: tuple  # names, sizes and times of change of the files: it changes if the content does
+    """A share of a source: load(item, counts) turns each of items() into a sample, or raises BadSample."""
+    identity: tuple  # names, sizes and times of change of the files: it changes if the content does, not if it moves
     items: Callable[[], Iterable]
     load: Callable[..., Sample]
 
@@ -115,8 +121,13 @@ def open_image(data: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def square(image: Image.Image, side: int) -> np.ndarray:
-    """The centre of an image, uint8 (side, side, 3): its shorter side is scaled to `side`."""
+def square(image: Image.Image, side: int, fit: str) -> np.ndarray:
+    """An image as uint8 (side, side, 3): its centre (fit "crop"), all of it squeezed ("squeeze"), or all of it between
+    white bars ("pad")."""
+    if fit == "squeeze":
+        return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
+    if fit == "pad":
+        return np.asarray(ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, "white"))
     return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
 
 
@@ -132,53 +143,67 @@ def random_crop(image: Image.Image, side: int, rng: random.Random) -> np.ndarray
     return np.asarray(scaled.crop((x, y, x + side, y + side)))
 
 
-def read_pairs(source: str, image_size: int, counts: Counter, num_shapes: int = 0, split: str = "train",
-               seed: int = 0) -> Iterator[Pair]:
+def read_pairs(source: str, image_size: int, counts: Counts, num_shapes: int = 0, split: str = "train",
+               seed: int = 0, fit: str = "crop") -> Iterator[Pair]:
     """The usable pairs of a source, always in the same order. Raises ValueError for a source that cannot be used.
 
-    counts gains the number of samples under "good", and of bad samples under the reason. num_shapes and seed apply to
-    `shapes:LEVEL`, split ("train", "val" or "test") to it and to Karpathy's file.
+    counts gains the number of samples under "good", and of all else under the reason. num_shapes and seed apply to
+    `shapes:LEVEL`, split ("train", "val" or "test") to it and to Karpathy's file, fit to images that are not square.
     """
     for piece in pieces_of(source, image_size, num_shapes, split, seed):
         for sample in usable(piece, counts):
-            yield from as_pairs(*sample, image_size)
+            yield from as_pairs(*sample, image_size, fit=fit)
     check_bad_share(source, counts)
 
 
-def usable(piece: Piece, counts: Counter) -> Iterator[Sample]:
+def usable(piece: Piece, counts: Counts) -> Iterator[Sample]:
     """The usable samples of a piece; counts as in read_pairs()."""
     for item in piece.items():
         try:
-            sample = piece.load(item)
+            sample = piece.load(item, counts)
+            if any(map(NO_TEXT.search, sample[1])):
+                raise BadSample("caption is not UTF-8")
         except BadSample as error:
-            counts[str(error)] += error.count
+            count(counts, str(error), str(item[0]), error.count)
         else:
-            counts["good"] += 1
+            count(counts, "good", sample[0])
             yield sample
 
 
-def as_pairs(key: str, captions: list[str], image: Image.Image, side: int, crops: int = 0, seed: int = 0
-             ) -> Iterator[Pair]:
-    """A pair for each caption of each view of an image: its centre, or `crops` random crops by seed and key."""
+def count(counts: Counts, reason: str, name: str, number: int = 1) -> None:
+    """Adds so many to a reason. name is of the first of them, and is kept if it is the first of all."""
+    before, first = counts.get(reason, (0, name))
+    counts[reason] = before + number, first
+
+
+def as_pairs(key: str, captions: list[str], image: Image.Image, side: int, crops: int = 0, seed: int = 0,
+             fit: str = "crop") -> Iterator[Pair]:
+    """A pair for each caption of each view of an image: all of it, or `crops` random crops by seed and key."""
     half = side // 2
     tall, wide = (np.asarray(image.resize(size, Image.Resampling.LANCZOS)) for size in ((half, side), (side, half)))
     views = [random_crop(image, side, random.Random(keyed_seed(seed, "crop", key, i))) for i in range(crops)]
-    for view in views or [square(image, side)]:
+    for view in views or [square(image, side, fit)]:
         for caption in captions:
             yield Pair(key, view, tall, wide, caption)
 
 
-def check_bad_share(source: str, counts: Counter) -> None:
+def check_bad_share(source: str, counts: Counts) -> None:
     """Raises ValueError if a source has no good sample, or more than 5% bad ones."""
-    good, total, least = counts["good"], sum(counts.values()), 1 - MAX_BAD_SHARE
+    good, total, least = counts.get("good", (0, ""))[0], num_samples(counts), 1 - MAX_BAD_SHARE
     if good == 0 or total - good > MAX_BAD_SHARE * total:
         raise ValueError(f"{source}: {good} of {total} samples are good, {least:.0%} must be{left_out(counts)}")
 
 
-def left_out(counts: Counter) -> str:
-    """The bad samples by reason, such as "; left out: 3 x not an image"; empty if there are none."""
-    bad = ", ".join(f"{n} x {reason}" for reason, n in counts.most_common() if reason != "good")
-    return f"; left out: {bad}" if bad else ""
+def num_samples(counts: Counts) -> int:
+    """The samples of a source, good and bad."""
+    return sum(number for reason, (number, _) in counts.items() if reason not in NO_SAMPLE)
+
+
+def left_out(counts: Counts) -> str:
+    """What is not good by reason, such as "; left out: 3 x not an image (first: d/07)"; empty if there is none."""
+    reasons = ", ".join(f"{number} x {reason} (first: {first})" for reason, (number, first) in
+                        sorted(counts.items(), key=lambda item: -item[1][0]) if reason != "good")
+    return f"; left out: {reasons}" if reasons else ""
 
 
 # ---------------------------------------------------------------------------------------------- sources
@@ -192,17 +217,25 @@ def pieces_of(source: str, image_size: int = 0, num_shapes: int = 0, split: str 
             pieces += _shapes_pieces(part, image_size, num_shapes, split, seed)
         elif part.startswith("coco:"):
             pieces += _coco_pieces(part, split)
-        elif os.path.isdir(part) and not glob.glob(f"{glob.escape(part)}/*.tar"):
+        elif os.path.isdir(part):
             pieces += _folder_pieces(part)
         else:
-            pieces += [Piece(_stamp(shard), lambda shard=shard: groupby(_tar_files(shard), itemgetter(0)), _load)
-                       for shard in _shards(part)]
+            pieces += map(_shard_piece, _shards(part))
     return pieces
 
 
-def _stamp(path: str | Path) -> tuple[str, int, int]:
-    stat = os.stat(path)
-    return str(path), stat.st_size, stat.st_mtime_ns
+def source_hash(pieces: list[Piece]) -> str:
+    """16 hexadecimal digits that change if the files of a source do, but not if they move."""
+    return f"{keyed_seed([piece.identity for piece in pieces]):016x}"
+
+
+def _stamp(path: str | Path, folder: str) -> tuple[str, int, int]:
+    stat = os.stat(path, follow_symlinks=os.path.exists(path))  # a link may lead to nothing
+    return os.path.relpath(path, folder), stat.st_size, stat.st_mtime_ns
+
+
+def _shard_piece(shard: str) -> Piece:
+    return Piece(_stamp(shard, os.path.dirname(shard)), lambda: groupby(_tar_files(shard), itemgetter(0)), _load)
 
 
 def _shapes_pieces(source: str, image_size: int, num_shapes: int, split: str, seed: int) -> list[Piece]:
@@ -210,7 +243,7 @@ def _shapes_pieces(source: str, image_size: int, num_shapes: int, split: str, se
     if image_size not in (0, shapes.IMAGE):
         raise ValueError(f"{source} needs image_size {shapes.IMAGE}, not {image_size}")
 
-    def draw(i: int) -> Sample:
+    def draw(i: int, counts: Counts) -> Sample:
         rng = random.Random(keyed_seed(seed, split, i))
         scene = shapes.random_scene(level, rng, split)
         image = Image.fromarray(shapes.draw_scene(scene, level, rng))
@@ -220,20 +253,35 @@ def _shapes_pieces(source: str, image_size: int, num_shapes: int, split: str, se
 
 
 def _folder_pieces(folder: str) -> list[Piece]:
-    """The pieces of a folder and its subfolders. A group is a path without its suffix, which begins at the last dot."""
-    paths = (path for path in Path(folder).rglob("*")
-             if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    files = sorted((str(path.with_suffix("")), path.suffix[1:].lower(), path) for path in paths)
-    groups = [(name, list(group)) for name, group in groupby(files, itemgetter(0))]
-    return [Piece(tuple(_stamp(path) for _, group in share for _, _, path in group), partial(iter, share), _load)
-            for share in (groups[i:i + PIECE] for i in range(0, len(groups), PIECE))]
+    """The pieces of a folder and its subfolders: its shards, and its other files in groups of one name."""
+    shards, files = [], []
+    for path in sorted(_files_of(folder, ())):
+        name, suffix = os.path.splitext(path)
+        (shards if suffix == ".tar" else files).append((name, suffix[1:].lower(), Path(path)))
+    groups = [(name, list(group)) for name, group in groupby(sorted(files), itemgetter(0))]
+    shares = [groups[i:i + PIECE] for i in range(0, len(groups), PIECE)]
+    return [_shard_piece(str(path)) for *_, path in shards] + [
+        Piece(tuple(_stamp(path, folder) for _, group in share for *_, path in group), partial(iter, share), _load)
+        for share in shares]
+
+
+def _files_of(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    """The files of a folder and its subfolders, but hidden ones. A linked folder is read, unless it leads back up."""
+    above = *above, os.path.realpath(folder)
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            if not entry.name.startswith(".") and os.path.realpath(entry) not in above:
+                yield from _files_of(entry.path, above)
+        elif (entry.is_file() or entry.is_symlink()) and not entry.name.startswith("."):
+            yield os.path.normpath(entry.path)
 
 
 def read_caption_file(path: Path, split: str | None) -> tuple[list[CaptionedImage], bool]:
     """The images of COCO's, NoCaps' or Karpathy's caption file, and whether it has splits: only Karpathy's has.
 
     split selects images of Karpathy's file: "train" includes his "restval", None means "test". Ids are compared as
-    strings. Raises ValueError for a file of another structure, captions of an unknown id, and two images of one id.
+    strings, and an image that is listed twice has the captions of both. Raises ValueError for a file of another
+    structure, captions of an unknown id, and two files of one id.
     """
     try:
         content, captions = json.loads(path.read_bytes()), defaultdict(list)
@@ -250,12 +298,13 @@ def read_caption_file(path: Path, split: str | None) -> tuple[list[CaptionedImag
             captions[str(id)].append(caption.strip())
     except JSON_ERRORS:
         raise ValueError(f"{path}: neither COCO's captions nor Karpathy's") from None
-    ids = Counter(str(id) for id, _, _ in rows)
-    if len(ids) < len(rows):
-        raise ValueError(f"{path}: has two images {ids.most_common(1)[0][0]}")
-    if unknown := [id for id in captions if id not in ids]:
+    images = {str(row[0]): row for row in reversed(rows)}  # the first of each id
+    for id, file, _ in rows:
+        if file != images[str(id)][1]:
+            raise ValueError(f"{path}: has two images {id}, {images[str(id)][1]} and {file}")
+    if unknown := [id for id in captions if id not in images]:
         raise ValueError(f"{path}: has captions of image {unknown[0]}, but no such image")
-    return [CaptionedImage(*row, _as_captions(captions[str(row[0])])) for row in rows], has_splits
+    return [CaptionedImage(*row, _as_captions(captions[id])) for id, row in reversed(images.items())], has_splits
 
 
 def _coco_pieces(source: str, split: str) -> list[Piece]:
@@ -264,20 +313,20 @@ def _coco_pieces(source: str, split: str) -> list[Piece]:
         raise ValueError(f"{source}: give coco:CAPTIONS.json:FOLDER, a file and the folder of its images")
     images, _ = read_caption_file(Path(path), split)
 
-    def load(image: CaptionedImage) -> Sample:
+    def load(item: tuple[str, CaptionedImage], counts: Counts) -> Sample:
+        image = item[1]
         if os.path.isabs(image.file) or os.path.normpath(image.file).startswith(".."):
             raise BadSample("image outside of its folder")
         if not image.captions:
             raise BadSample("no caption")
         return image.file, image.captions, open_image(_read(Path(folder, image.file)))
-    return [Piece((*_stamp(path), folder, split, i), partial(iter, images[i:i + PIECE]), load)
-            for i in range(0, len(images), PIECE)]
+    items = [(os.path.join(folder, image.file), image) for image in images]
+    return [Piece((*_stamp(path, os.path.dirname(path)), split, i), partial(iter, items[i:i + PIECE]), load)
+            for i in range(0, len(items), PIECE)]
 
 
 def _shards(pattern: str) -> list[str]:
-    """The files of a path, a folder, or a pattern with * ? or {first..last}. Raises ValueError if one is absent."""
-    if os.path.isdir(pattern):
-        return sorted(glob.glob(f"{glob.escape(pattern)}/*.tar"))
+    """The files of a path, or of a pattern with * ? or {first..last}. Raises ValueError if one is absent."""
     if os.path.exists(pattern):
         return [pattern]
     if numbers := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
@@ -292,7 +341,7 @@ def _shards(pattern: str) -> list[str]:
 def _tar_files(shard: str) -> Iterator[File]:
     """The files of a shard. At the first damage reading stops, and one more file stands for all samples that are lost:
     their number follows from img2dataset's _stats.json, or is 1 without it. A missing end mark is not damage."""
-    groups = set()
+    groups, apart, group = set(), set(), ""
     with open(shard, "rb") as file:  # outside of try: a shard that cannot be opened is not damaged
         try:
             tar = tarfile.open(fileobj=file, mode="r:*")
@@ -305,8 +354,11 @@ def _tar_files(shard: str) -> Iterator[File]:
                     content = BadSample("file is too large")
                     if member.size <= MAX_BYTES and len(content := tar.fileobj.read(member.size)) < member.size:
                         raise tarfile.ReadError("the shard ends within this file")
-                    groups.add(f"{folder}/{key}")
-                    yield f"{folder}/{key}", suffix.lower(), content
+                    before, group = group, os.path.join(shard, folder, key)
+                    if group != before and group in groups:
+                        apart.add(group)
+                    groups.add(group)
+                    yield group, suffix.lower(), BadSample(APART) if group in apart else content
             tar.fileobj.seek(tar.offset)
             if any(block.strip(b"\0") for block in iter(partial(tar.fileobj.read, 1 << 20), b"")):
                 raise tarfile.ReadError("a damaged header: tarfile stops there without an error")
@@ -318,24 +370,43 @@ def _tar_files(shard: str) -> Iterator[File]:
             yield shard, "txt", damage
 
 
-def _load(group: tuple[str, Iterable[File]]) -> Sample:
-    """The sample of a group: the captions of the .txt, or else of the .json, and the first image of the other files."""
+def _load(group: tuple[str, Iterable[File]], counts: Counts) -> Sample:
+    """The sample of a group: the captions of the .txt, or else of the .json, and the first image of the other files.
+    Each line of a .txt is a caption."""
     name, files = group[0], list(group[1])
     contents = {re.sub(r".*\.(txt|json)$", r"\1", suffix): content for _, suffix, content in files}
     if len(contents) < len(files):
         raise BadSample("two files of one name")
-    text, about = contents.pop("txt", b""), contents.pop("json", b"")
-    captions = _as_captions(_read(text).decode("utf-8", errors="replace"))
+    text, about, images = _read(contents.pop("txt", b"")), contents.pop("json", b""), []
+    for content in contents.values():
+        try:
+            images.append(open_image(_read(content)))
+        except NotAnImage:  # such as .cls or .npy
+            pass
+        except BadSample:
+            if text or about:
+                raise
+    if not images:
+        raise BadSample("not an image" if contents and (text or about) else "no image")
+    captions = _as_captions(_decode(text).splitlines())
     if not captions:
         with contextlib.suppress(*JSON_ERRORS):
             about = json.loads(_read(about))
             captions = _as_captions(about.get("caption") or about.get("captions"))
     if not captions:
         raise BadSample("no caption")
-    for content in contents.values():
-        with contextlib.suppress(NotAnImage):  # such as .cls or .npy
-            return name.rpartition("/")[2], captions, open_image(_read(content))
-    raise BadSample("not an image" if contents else "no image")
+    if len(images) > 1:
+        count(counts, "further image of a name", name, len(images) - 1)
+    return name.rpartition("/")[2], captions, images[0]
+
+
+def _decode(text: bytes) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with its byte-order mark. Raises BadSample."""
+    is_utf_16 = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return text.decode("utf-16" if is_utf_16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadSample("caption is not UTF-8") from None
 
 
 def _read(content: Path | bytes | BadSample) -> bytes:

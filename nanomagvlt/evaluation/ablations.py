@@ -5,7 +5,6 @@ UnrollMask and MixSel cost one more pass each. Variants of one seed share tokeni
 are paired. A pool is a folder of runs, VARIANT-SEED/, and their measurements, VARIANT-SEED.json. A finished run is not
 repeated; an interrupted one continues from its last.pt. Unix only: a lock keeps a second driver out of the pool.
 """
-import fcntl
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from statistics import mean, median, stdev
 
 import torch
 
-from nanomagvlt.io import write_json
+from nanomagvlt.io import lock, write_json
 
 COMMON = {"preset": "tiny", "text_length": 44}  # MixSel joins two captions, which need more positions than tiny has
 FULL = {"unroll_mask": True, "mixsel": "select"}
@@ -71,19 +70,14 @@ def fill(pool: Path, variants: list[str], seeds: int, updates: int, workers: int
     """Trains and measures what the pool lacks; returns the names of the jobs that failed. Raises ValueError if another
     driver uses the pool, or if a run in it has another number of updates."""
     pool.mkdir(parents=True, exist_ok=True)
-    lock = open(pool / ".lock", "w")  # the jobs hold it, too: they may outlive a driver that is killed
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{pool} is in use by another `eval.py table` or by its runs: wait, or stop it") from None
-    jobs = []
+    locked, jobs = lock(pool / ".lock"), []  # the jobs inherit the lock: they may outlive a driver that is killed
     for seed in range(seeds):  # the outer loop: a pool that is cut short holds whole comparisons
         for variant in variants:
             config = pool / f"{variant}-{seed}" / "config.json"
             if config.exists() and (steps := json.loads(config.read_text())["steps"]) != updates:
                 raise ValueError(f"--updates {updates}, but {config.parent} has {steps}: give another --pool")
             jobs += [job for job in jobs_of(pool.resolve(), variant, seed, updates) if job not in jobs]
-    return work(jobs, workers, lock)
+    return work(jobs, workers, locked)
 
 
 def jobs_of(pool: Path, variant: str, seed: int, updates: int) -> list[Job]:
@@ -109,7 +103,7 @@ def train(folder: Path, seed: int, settings: dict) -> list:
     return command
 
 
-def launch(job: Job, workers: int, slot: int, lock) -> subprocess.Popen:
+def launch(job: Job, workers: int, slot: int, locked) -> subprocess.Popen:
     """Starts a job: with one thread if others run beside it, and on the GPU of its slot, if there are GPUs."""
     env = os.environ | ({"OMP_NUM_THREADS": "1"} if workers > 1 else {})
     if gpus := torch.cuda.device_count():
@@ -119,11 +113,11 @@ def launch(job: Job, workers: int, slot: int, lock) -> subprocess.Popen:
     with open(job.done.with_name("output.txt"), "a") as file:
         # A session of its own: Ctrl-C reaches the driver alone, which stops each job once. Twice, and nothing is saved.
         command = [sys.executable, Path(__file__).parents[2] / job.command[0], *map(str, job.command[1:])]
-        return subprocess.Popen(command, stdout=file, stderr=file, env=env, pass_fds=(lock.fileno(),),
+        return subprocess.Popen(command, stdout=file, stderr=file, env=env, pass_fds=(locked.fileno(),),
                                 start_new_session=True)
 
 
-def work(jobs: list[Job], workers: int, lock) -> list[str]:
+def work(jobs: list[Job], workers: int, locked) -> list[str]:
     """Runs the jobs that are not done, in order, `workers` at a time; returns the names of those that failed."""
     waiting, running, failed = [job for job in jobs if not job.done.exists()], {}, []
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts as Ctrl-C
@@ -132,7 +126,7 @@ def work(jobs: list[Job], workers: int, lock) -> list[str]:
             ready = [job for job in waiting if job.needs is None or job.needs.exists()]
             for slot, job in zip([slot for slot in range(workers) if slot not in running], ready):
                 waiting.remove(job)
-                running[slot] = job, launch(job, workers, slot, lock)
+                running[slot] = job, launch(job, workers, slot, locked)
             if not running:  # the remaining jobs need something that failed
                 return failed + [job.name for job in waiting]
             for slot, (job, process) in [*running.items()]:

@@ -15,18 +15,19 @@ from collections.abc import Hashable
 
 import regex
 
-CURLY = str.maketrans("‘’", "''")
-CUTS = regex.compile(r"(?<=\w)(?=n't\b|'(?:s|m|d|re|ve|ll)\b)|(?<=\bcan)(?=not\b)")   # do|n't, it|'s, can|not
+CUTS = regex.compile(r"(?<=\w)(?=n['’]t\b|['’](?:s|m|d|re|ve|ll)\b)|(?<=\bcan)(?=not\b)")  # do|n't, it|'s, can|not
+CUT_OFF = regex.compile(r"(n?)’(t|s|m|d|re|ve|ll)")     # these get a straight apostrophe; within words, ’ stays
 # The kinds of words, tried in this order. All else is dropped: quotes, dashes, commas and full stops, because
 # pycocoevalcap omits them, and emoji beyond U+FFFF, because the Java program cannot read them.
 WORDS = regex.compile(r"""
-    n't\b | '(?:s|m|d|re|ve|ll|em)\b | '\d0s\b | 'n'                          # cut off by CUTS; '90s; rock 'n' roll
+    n['’]t\b | ['’](?:s|m|d|re|ve|ll|em)\b | ['’]\d0s\b | ['’]n['’]           # cut off by CUTS; '90s; rock 'n' roll
   | (?:\b\p{L}\.)+(?!\w)                                                      # u.s., e.g., j.
   | \b(?:mr|mrs|ms|dr|prof|rev|st|jr|sr|mt|ave|blvd|rd|ft|inc|co|corp|ltd|vs|etc|est|dept|no(?=\.\s*\d))\.
   | \d+(?:[.,:/]\d+)+ | \.\d+\b                                               # 1,000  3.5  10:30  1/2  .5
-  | [\p{L}\p{M}\p{N}]+(?:[-/&_][\p{L}\p{M}\p{N}]+ | [.']\p{L}+)*              # word, t-shirt, and/or, o'neil
+  | [\p{L}\p{M}\p{N}]+(?:[-/&_][\p{L}\p{M}\p{N}]+ | \.\p{L}+                # word, t-shirt, and/or,
+      | (?<=\b[a-hj-xz] | \w[aeiouy])['’‘]\p{L}+)*                             # o'neil, ma'am; but qur an
   | [\#@]\p{L}\w* | [!?]{2,} | \*+                                            # a single ! is dropped, !! is not
-  | [^\s.,;:!?'"`“”…–—\-\U00010000-\U0010FFFF]                                # any other sign, one by one
+  | [^\s.,;:!?'’‘"`“”…–—\-\U00010000-\U0010FFFF]                                # any other sign, one by one
 """, regex.VERBOSE)
 # The Penn Treebank's names of brackets. pycocoevalcap drops them in capitals only, so these stay.
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
@@ -34,8 +35,8 @@ BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-"
 
 def tokenize(text: str) -> list[str]:
     """The words of a caption, lower case, without punctuation, as pycocoevalcap's PTBTokenizer gives them."""
-    words = WORDS.findall(CUTS.sub(" ", text.translate(CURLY).lower()))
-    return [BRACKETS.get(word, word) for word in words]
+    words = WORDS.findall(CUTS.sub(" ", text.lower()))
+    return [CUT_OFF.sub(r"\1'\2", word) if CUT_OFF.fullmatch(word) else BRACKETS.get(word, word) for word in words]
 
 
 def count_ngrams(words: list[str]) -> list[Counter]:

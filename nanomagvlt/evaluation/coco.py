@@ -66,6 +66,7 @@ class Protocol:
 
 CHUNK = 64  # items in a file
 SIDE = 256  # of the paper's images
+FITS = {"crop": "centre cropped, shorter side", "squeeze": "squeezed", "pad": "padded, longer side"}
 MODELS = ("ARGVLT", "ARGVLT large", "MAGVLT", "MAGVLT large")
 PROTOCOLS = {
     "t2i": Protocol("image", False, 40_504, "", 30_000, 32, 10, (0, 1, 2, 4, 8),
@@ -179,7 +180,7 @@ class Measurement:
             "inception": inception and checkpoint.weight_hash(inception),
             "nanomagvlt": nanomagvlt.__version__,
             **{name: value for name, value in as_json(pipeline.cfg).items()
-               if name in (*DECODING, "length_positions")}}
+               if name in (*DECODING, "length_positions", "fit")}}
         self.real = chunks(args.out, "real", len(self.photos))
         self.generated = chunks(args.out, "generated", len(self.items))
 
@@ -190,11 +191,11 @@ class Measurement:
         fill(self.generated, self.generate, part)
 
     def read(self, photos: list[CaptionedImage]) -> np.ndarray:
-        """uint8 (B, S, S, 3): shorter side resized to S, centre cropped. Raises ValueError for a broken image."""
-        squares = []
+        """uint8 (B, S, S, 3), as the model was trained. Raises ValueError for a broken image."""
+        squares, cfg = [], self.pipeline.cfg
         for path in (self.args.images / photo.file for photo in photos):
             try:
-                squares.append(square(open_image(path.read_bytes()), self.pipeline.cfg.image_size))
+                squares.append(square(open_image(path.read_bytes()), cfg.image_size, cfg.fit))
             except BadSample as reason:
                 raise ValueError(f"{path}: {reason}") from None
         return np.stack(squares)
@@ -280,13 +281,16 @@ class Measurement:
         captions = dict(zip((photo.id for photo, _ in self.items), column(self.generated, "captions").tolist()))
         rows = [{"image_id": id, "caption": text} for id, text in captions.items()]
         write_json(self.args.out / "captions.json", rows)
+        notes = ["METEOR and SPICE are Java programs: pycocoevalcap computes them from captions.json"]
         scores, domains = {}, sorted({photo.domain for photo, _ in self.items})
         for domain in domains if domains == [""] else [*domains, "overall"]:
             references = {photo.id: photo.captions for photo, _ in self.items if domain in (photo.domain, "overall")}
             results = {id: captions[id] for id in references}
             scores |= {f"{domain} {name}".strip(): 100 * value
                        for name, value in score_captions(results, references).items()}
-        return scores, ["METEOR and SPICE are Java programs: pycocoevalcap computes them from captions.json"]
+            if len(references) == 1:
+                notes.append(f"{domain} CIDEr of one image is always 0, because no word is rarer than another".strip())
+        return scores, notes
 
     def report(self, scores: dict[str, float], notes: list[str]) -> None:
         """Prints the measures and writes result.json; with the paper's results if the protocol is exactly its own."""
@@ -294,12 +298,12 @@ class Measurement:
         steps = cfg.image_steps if protocol.generates == "image" else cfg.text_steps
         if (len(self.photos) == protocol.num_images and self.split == protocol.split
                 and len(self.items) == (protocol.num or protocol.num_images) and self.candidates == protocol.candidates
-                and cfg.image_size == SIDE and cfg.guidance == 1
+                and cfg.image_size == SIDE and cfg.fit == "crop" and cfg.guidance == 1
                 and (cfg.model == "argvlt" or steps == protocol.steps)):
             paper = {name: dict(zip(MODELS, values)) for name, values in protocol.paper.items()}
             notes = [*notes, f"the paper does not say {protocol.unknown}"]
         line = (f"{self.args.protocol}: {len(self.items):,} items of {self.args.captions.name} ({len(self.photos):,} "
-                f"images), shorter side resized to {cfg.image_size}, centre cropped; the best of {self.candidates}; "
+                f"images), {FITS[cfg.fit]} to {cfg.image_size} pixels; the best of {self.candidates}; "
                 f"{'token by token' if cfg.model == 'argvlt' else f'{steps} steps'}; seed {self.args.seed}")
         print(line)
         for name, value in scores.items():

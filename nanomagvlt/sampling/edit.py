@@ -27,15 +27,14 @@ def region(size: tuple[int, int], box: tuple[int, ...]) -> Image.Image:
     return mask
 
 
-def mask_to_positions(mask: Image.Image, grid: int) -> Tensor:
-    """(N,) bool: True at tokens with a white pixel in the mask, which is centre cropped to a square as its image is."""
-    width, height = mask.size
-    side = min(width, height)
-    ys, xs = np.nonzero(np.asarray(mask.convert("L")) > 127)
-    ys, xs = ys - (height - side) / 2, xs - (width - side) / 2
-    inside = (ys >= 0) & (ys < side) & (xs >= 0) & (xs < side)
+def mask_to_positions(mask: Image.Image, grid: int, fit: str) -> Tensor:
+    """(N,) bool: True at tokens with a white pixel in the mask, which is made square by `fit` as its image is."""
+    size = np.array(mask.size[::-1])[:, None]                                                        # height and width
+    square = {"crop": size.min(0), "pad": size.max(0), "squeeze": size}[fit]
+    points = np.stack(np.nonzero(np.asarray(mask.convert("L")) > 127)) - (size - square) / 2         # y and x
+    y, x = (points * grid / square)[:, ((points >= 0) & (points < square)).all(0)].astype(int)
     to_fill = torch.zeros(grid, grid, dtype=torch.bool)                                              # (G, G)
-    to_fill[(ys[inside] * grid / side).astype(int), (xs[inside] * grid / side).astype(int)] = True
+    to_fill[y, x] = True
     return to_fill.flatten()
 
 

@@ -202,10 +202,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def contact_sheet(images: np.ndarray, labels: list[str], columns: int = 4) -> Image.Image:
-    """A white sheet of pictures, uint8 (B, S, S, 3), each enlarged to about 160 pixels, with its label below."""
+    """A white sheet of pictures, uint8 (B, S, S, 3), each enlarged to about 160 pixels, with its label below.
+
+    A label has at most 12 lines. Letters beyond ASCII, which Pillow's font lacks, are escaped."""
     scale = max(1, round(160 / images.shape[1]))
     side, margin, font = images.shape[1] * scale, 8, ImageFont.load_default(12)
-    lines = [textwrap.wrap(label, max(8, side // 7)) for label in labels]
+    lines = [textwrap.wrap(label.encode("ascii", "backslashreplace").decode(), max(8, side // 7), max_lines=12,
+                           placeholder=" ...") for label in labels]
     width, height = side + margin, side + 15 * max(map(len, lines)) + margin  # of a picture with its label
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * width + margin, rows * height + margin), "white")

@@ -16,7 +16,7 @@ import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import ftfy
@@ -33,8 +33,10 @@ HIDDEN = [b for b in range(256) if b not in VISIBLE]             # blanks and co
 BYTE_TO_SYMBOL = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
 SYMBOL_TO_BYTE = {s: b for b, s in BYTE_TO_SYMBOL.items()} | {" ": 32}   # " ": the end of a word, decoded
 
-CLIP_WORDS = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
-                           r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+SPECIAL = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+CLIP_WORDS = regex.compile(SPECIAL + r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+# CLIP cuts Hindi, Thai and Tamil words at their vowel signs. Merges trained here keep signs and joiners with letters.
+WORDS = regex.compile(SPECIAL + r"|\p{L}[\p{L}\p{M}\u200c\u200d]*|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 def clean(text: str) -> str:
@@ -44,10 +46,10 @@ def clean(text: str) -> str:
     return regex.sub(r"\s+", " ", text).strip().lower()
 
 
-def split_clip(text: str) -> list[str]:
+def split_clip(text: str, words: regex.Pattern = CLIP_WORDS) -> list[str]:
     """CLIP's words: letters together, each digit alone, other characters together. One symbol per byte."""
     return ["".join(BYTE_TO_SYMBOL[b] for b in word.encode("utf-8", errors="replace"))  # a lone surrogate becomes "?"
-            for word in CLIP_WORDS.findall(clean(text))]
+            for word in words.findall(clean(text))]
 
 
 RELEASE_REMOVED = regex.compile(r"[^\P{C}\t\n\r]|\ufffd")       # control characters, but not tab and line ends
@@ -65,6 +67,9 @@ def split_release(text: str) -> list[str]:
     if all(character in SYMBOL_TO_BYTE for word in words for character in word):
         return words
     return split_release(text.encode("ascii", errors="ignore").decode())
+
+
+SPLITS = {"clip": split_clip, "own": partial(split_clip, words=WORDS), "release": split_release}
 
 
 def clean_caption(text: str) -> str:
@@ -118,11 +123,10 @@ class BPE:
     """Ids in order: 256 bytes, the same 256 at the end of a word, one per merge, <|startoftext|>, <|endoftext|>."""
 
     def __init__(self, merges: list[tuple[str, str]], words: str = "clip"):
-        """`words`: how texts are split, "clip" or "release". Raises ValueError for merges that do not fit together."""
-        if words not in ("clip", "release"):
-            raise ValueError(f"words={words!r} is neither clip nor release")
-        self.merges, self.words = merges, words
-        self.split = split_clip if words == "clip" else split_release
+        """`words`: how texts are split, a key of SPLITS. Raises ValueError for merges that do not fit together."""
+        if words not in SPLITS:
+            raise ValueError(f"words={words!r} is none of {', '.join(SPLITS)}")
+        self.merges, self.words, self.split = merges, words, SPLITS[words]
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         pieces = {s: s for s in BYTE_TO_SYMBOL.values()}         # symbol -> the text that it decodes to
         pieces |= {s + END_OF_WORD: s + " " for s in pieces}
@@ -139,7 +143,7 @@ class BPE:
     @classmethod
     def train(cls, texts: Iterable[str], num_merges: int) -> "BPE":
         """Merges the most frequent pair, of equal ones the first in order, up to num_merges times."""
-        words = Counter(word for text in texts for word in split_clip(text) if word not in (START, END))
+        words = Counter(word for text in texts for word in SPLITS["own"](text) if word not in (START, END))
         splits, sizes = [to_symbols(word) for word in words], list(words.values())
         merges, counts, found_in = [], Counter(), defaultdict(set)  # a pair's frequency, and the words that have it
 
@@ -160,23 +164,23 @@ class BPE:
                 count(k, -sizes[k])
                 splits[k] = merge(splits[k], {best: 0})
                 count(k, sizes[k])
-        return cls(merges)
+        return cls(merges, "own")
 
     def encode(self, text: str, dropout: float = 0.0, rng: random.Random | None = None) -> list[int]:
-        """The ids of any text, without start and end token. Dropout, for training, draws from `rng` alone. With
-        words="clip", "<|endoftext|>" in the text becomes the end token, as in CLIP."""
+        """The ids of any text, without start and end token. Dropout, for training, draws from `rng` alone. Except for
+        the release's words, "<|endoftext|>" in the text becomes the end token, as in CLIP."""
         encode_word = self.cached_word if dropout == 0 else lambda word: self.encode_word(word, dropout, rng)
         return [i for word in self.split(text) for i in encode_word(word)]
 
     def encode_word(self, word: str, dropout: float = 0.0, rng: random.Random | None = None) -> list[int]:
-        """The ids of one word of split_clip() or split_release()."""
+        """The ids of one word, as self.split() gives them."""
         symbols = [word] if word in (START, END) else merge(to_symbols(word), self.ranks, dropout, rng)
         return [self.ids[symbol] for symbol in symbols]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, U+FFFD for invalid UTF-8, nothing for special tokens: cut at the end token first."""
         text = "".join(self.pieces[i] for i in ids)
-        if self.words == "clip":
+        if self.words != "release":
             text = bytes(SYMBOL_TO_BYTE[s] for s in text).decode("utf-8", errors="replace")
         return text.strip()
 

@@ -19,8 +19,6 @@ from nanomagvlt.tokenizers.vqgan import VQGAN
 
 def save(path: Path, kind: str, cfg: Config, **content) -> None:
     """Writes a checkpoint of kind "vqgan" or "magvlt", whole or not at all. Raises OSError with the file's name."""
-    for unfinished in path.parent.glob(f"{path.name}.*.tmp"):  # from a process that was killed while it saved
-        unfinished.unlink()
     with whole(path) as file:
         torch.save({"kind": kind, "config": dataclasses.asdict(cfg), **content}, file)
 
@@ -64,6 +62,11 @@ def weight_hash(module: nn.Module) -> str:
         sha.update(name.encode())
         sha.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def text_hash(text: str) -> str:
+    """16 hexadecimal digits that identify a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def newest(runs: str | Path = "runs") -> Path:

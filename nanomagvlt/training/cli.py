@@ -10,7 +10,25 @@ import re
 import sys
 from collections.abc import Callable
 
+import torch
+
 from nanomagvlt.config import CHOICES, PRESETS, Config, preset
+from nanomagvlt.io import first_line
+
+
+def explain(error: Exception) -> str:
+    """One line for an error that the user can mend: of the input, the disk, the memory, the compiler. "" for others."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (ValueError, OSError)):
+        return text
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
+        return ("out of memory, so give smaller batches (--micro-batch, --vq-batch, --num-samples): "
+                + first_line(text.rpartition("DefaultCPUAllocator: ")[2]))
+    if any(name in text for name in ("InvalidCxxCompiler", "CppCompileError", "TritonMissing")):
+        return "--compile true needs a C++ compiler, and on a GPU Triton: install it, or give --compile false"
+    return ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +41,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that has not all characters
         flags = [flag for action in self._actions for flag in action.option_strings]
         for word in (text.split("=")[0] for text in (sys.argv[1:] if argv is None else argv)):
             if word.startswith("--") and word not in flags:
@@ -39,10 +58,10 @@ class Parser(argparse.ArgumentParser):
             command(args)
         except KeyboardInterrupt:
             self.exit(130, "stopped: finished work is kept; the same command goes on from there\n")
-        except ValueError as error:
-            self.error(str(error))
-        except OSError as error:
-            self.error(f"{error.filename}: {error.strerror or error}")
+        except Exception as error:
+            if not (line := explain(error)):
+                raise
+            self.error(line)
 
 
 def positive(text: str) -> int:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from nanomagvlt.config import Config
+from nanomagvlt.io import whole
 
 BAR = {"mininterval": 0.1 if sys.stderr.isatty() else 30}  # for tqdm: in a file a line every half minute is enough
 MAX_SKIPPED = 3  # updates in a row with a gradient that is not finite
@@ -105,15 +106,25 @@ def optimizer_for(model: torch.nn.Module, cfg: Config, lr: float) -> torch.optim
                               {"params": rest, "weight_decay": 0.0}], lr=lr, betas=cfg.betas, fused=True)
 
 
+def step_of(line: bytes) -> float:
+    """The step of a line of a log; infinity if the line is damaged."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (KeyError, TypeError, ValueError):
+        return math.inf
+
+
 class Log:
     """A JSON line for each record, appended to a file.
 
-    A run that goes on from an earlier step drops the later lines, and a last line that a crash cut short.
+    A run that goes on from an earlier step drops the later lines, and lines that a crash damaged.
     """
 
     def __init__(self, path: Path, step: int):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        if lines:
+            with whole(path) as file:
+                file.writelines(line for line in lines if step_of(line) <= step)
         self.file = open(path, "a", buffering=1)
 
     def write(self, **record) -> None:

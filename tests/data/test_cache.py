@@ -12,6 +12,7 @@ from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.tokenizers.vqgan import VQGAN
 
 BPE_0 = BPE([])  # bytes alone
+META = {"vqgan": "abc", "clean_captions": False, "fit": "crop", "made_of": "def"}
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_pixels_become_images_again():
 
 
 def test_a_cache_holds_the_tokens_and_captions_of_its_pairs(cfg, vqgan, pairs, tmp_path):
-    written = write_cache(tmp_path / "train", iter(pairs), vqgan, {"vqgan": "abc"})
+    written = write_cache(tmp_path / "train", iter(pairs), vqgan, META)
     rows = np.array([79, 0, 3, 3])
     for cache in (written, TokenCache(tmp_path / "train")):
         assert len(cache) == 80 and cache.meta["vqgan"] == "abc"
@@ -63,13 +64,13 @@ def test_an_error_leaves_the_old_cache_or_none(vqgan, pairs, tmp_path):
         yield from pairs
         raise ValueError("no more")
     with pytest.raises(ValueError, match="no more"):
-        write_cache(tmp_path, breaks(), vqgan, {})
+        write_cache(tmp_path, breaks(), vqgan, META)
     with pytest.raises(ValueError, match=str(tmp_path)):
         TokenCache(tmp_path)
     assert not list(tmp_path.iterdir())
-    write_cache(tmp_path, pairs[:9], vqgan, {})
+    write_cache(tmp_path, pairs[:9], vqgan, META)
     with pytest.raises(ValueError, match="no more"):
-        write_cache(tmp_path, breaks(), vqgan, {})
+        write_cache(tmp_path, breaks(), vqgan, META)
     assert len(TokenCache(tmp_path)) == 9
 
 
@@ -80,10 +81,10 @@ def test_captions_are_cleaned_on_request(vqgan, pairs):
 
 
 def test_a_folder_with_other_files_is_not_replaced(vqgan, pairs, tmp_path):
-    write_cache(tmp_path, pairs[:9], vqgan, {})
+    write_cache(tmp_path, pairs[:9], vqgan, META)
     (tmp_path / "photo.jpg").write_text("precious")
     with pytest.raises(ValueError, match=str(tmp_path)):
-        write_cache(tmp_path, pairs, vqgan, {})
+        write_cache(tmp_path, pairs, vqgan, META)
     assert len(TokenCache(tmp_path)) == 9 and (tmp_path / "photo.jpg").read_text() == "precious"
 
 

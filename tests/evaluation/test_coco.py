@@ -93,7 +93,7 @@ def given(all_captions: bool) -> tuple[list, np.ndarray, list[str]]:
     """The images of 13 items of coco.json, their pixels and their captions."""
     photos, _ = coco.read_photos(Path("coco.json"), Path("photos"), need_words=True)
     photos, captions = zip(*coco.choose_items(photos, 13, all_captions))
-    return photos, np.stack([coco.square(Image.open(f"photos/{photo.file}"), 32) for photo in photos]), captions
+    return photos, np.stack([coco.square(Image.open(f"photos/{photo.file}"), 32, "crop") for photo in photos]), captions
 
 
 def test_killed_shared_and_in_one_go_are_the_same_to_the_byte(monkeypatch):

@@ -10,8 +10,8 @@ from nanomagvlt.tokenizers.bpe import BPE
 def test_a_token_is_generated_if_any_of_its_pixels_is_white():
     for size, box, expected in (((32, 32), (7, 8, 9, 9), [4, 5]), ((1024, 1024), (1023, 0, 1024, 1), [3]),
                                 ((64, 32), (0, 0, 64, 32), list(range(16))), ((64, 32), (0, 0, 16, 32), [])):
-        assert edit.mask_to_positions(edit.region(size, box), 4).nonzero().flatten().tolist() == expected
-    assert not edit.mask_to_positions(Image.new("RGB", (8, 8), "red"), 4).any()
+        assert edit.mask_to_positions(edit.region(size, box), 4, "crop").nonzero().flatten().tolist() == expected
+    assert not edit.mask_to_positions(Image.new("RGB", (8, 8), "red"), 4, "crop").any()
     for box in ((0, 0, 0, 5), (5, 5, 2, 9), (0, 0, 33, 2), (-1, 0, 2, 2)):
         with pytest.raises(ValueError, match="region"):
             edit.region((32, 32), box)

@@ -43,7 +43,7 @@ def equal(a, b) -> bool:
 def content(folder: Path) -> dict:
     """All that a run wrote, by file name: checkpoints as loaded, all else as bytes; the clock's readings aside."""
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"):
         if path.suffix == ".pt":
             what = torch.load(path, weights_only=True)
             what = {name: value for name, value in what.items() if name not in ("seconds", "cpu_seconds")}
@@ -205,17 +205,18 @@ def test_a_vqgan_that_diverges_says_so_and_changes_nothing(start, tmp_path, monk
 
 def test_a_folder_in_which_nothing_was_done_may_be_begun_anew(tmp_path):
     run = tmp_path / "x"
-    train.check_run_config(preset("micro", data="shapes:typo"), run)
-    train.check_run_config(preset("micro"), run)
+    run.mkdir()
+    train.check_run_config(preset("micro", data="shapes:typo"), run, {})
+    train.check_run_config(preset("micro"), run, {})
     (run / "vqgan.pt").touch()
     with pytest.raises(ValueError, match="width"):
-        train.check_run_config(preset("micro", width=64), run)
+        train.check_run_config(preset("micro", width=64), run, {})
     kept = json.loads((run / "config.json").read_text())
     del kept["it2it_ratio"]  # begun before the setting existed: it then has its default
     (run / "config.json").write_text(json.dumps(kept))
     with pytest.raises(ValueError, match="it2it_ratio"):
-        train.check_run_config(preset("micro", it2it_ratio="same"), run)
-    train.check_run_config(preset("micro"), run)
+        train.check_run_config(preset("micro", it2it_ratio="same"), run, {})
+    train.check_run_config(preset("micro"), run, {})
 
 
 def test_updates_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_run(straight, tmp_path, monkeypatch,
