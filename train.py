@@ -269,6 +269,7 @@ def take_from_tokenizers(args) -> None:
     given = vars(args)  # only flags that were given are in it
     if given.get("vqgan"):
         theirs = checkpoint.load(args.vqgan, "vqgan")["config"]
+        given.setdefault("fit", theirs.fit)
         for name in VQGAN_FIELDS:
             if given.setdefault(name, getattr(theirs, name)) != getattr(theirs, name):
                 raise ValueError(f"--{name.replace('_', '-')} {given[name]}, but {args.vqgan} has "
@@ -292,7 +293,7 @@ def check_inputs(cfg: Config, run: Path, args, device: torch.device) -> dict[str
         torch.compile(torch.neg)(torch.zeros(2, device=device))  # fails where there is no compiler
     hashes = {"vqgan": checkpoint.weight_hash(checkpoint.load_vqgan(cfg.vqgan))} if cfg.vqgan else {}
     if cfg.bpe:
-        hashes["bpe"] = checkpoint.text_hash(BPE.load(cfg.bpe).to_text())
+        hashes["bpe"] = f"{keyed_seed(BPE.load(cfg.bpe).to_text()):016x}"
     for split, folder in cache_folders(cfg, run).items():
         hashes[f"{split} pairs"] = TokenCache(folder).meta["made_of"] if cfg.cache else source_hash(
             pieces_of(source_of(cfg, split), cfg.image_size, *details_of(cfg, split)))

@@ -11,8 +11,7 @@ A source of pairs is one string. Several sources are written with commas between
 
 A piece is a shard or ten thousand images: a share of the source that is read without the rest. Hostile input is met
 here and nowhere else: an image is recognised by its content, its size is checked before it is decoded, and nothing is
-unpacked to disk. Whatever a source lists is read, or counted by reason. S is the image side in pixels. Read on in
-cache.py.
+unpacked to disk. What a source lists is read, or counted by reason. S is the image side in pixels. Read on in cache.py.
 """
 import codecs
 import contextlib
@@ -49,7 +48,6 @@ PIECE = 10_000           # samples in a piece, as in a shard of img2dataset
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, zlib.error,
               lzma.LZMAError)  # raised by tarfile for damaged files
 JSON_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  # damaged, or of another structure
-NO_TEXT = re.compile("[\0\ud800-\udfff]")     # in no caption: UTF-16 that was read as UTF-8, half a character of JSON
 APART = "the files of a key are not together, see tar --sort=name"
 NO_SAMPLE = ("no image", "further image of a name")  # counted, but not as bad samples: a README, a caption alone
 
@@ -57,10 +55,6 @@ NO_SAMPLE = ("no image", "further image of a name")  # counted, but not as bad s
 class BadSample(Exception):
     """A sample that cannot be used. The message is the reason under which it is counted."""
     count = 1  # more if the message stands for all samples that a damaged shard has lost
-
-
-class NotAnImage(BadSample):
-    """A file that is not an image."""
 
 
 Counts = dict[str, tuple[int, str]]               # "good", or the reason -> how many, and the name of the first
@@ -110,7 +104,7 @@ def open_image(data: bytes) -> Image.Image:
         except Image.DecompressionBombError:
             raise BadSample("image has too many pixels") from None
         except UnidentifiedImageError:
-            raise NotAnImage("not an image") from None
+            raise BadSample("not an image") from None
         except (OSError, SyntaxError, ValueError, EOFError, zlib.error):  # raised by Pillow for damaged files
             raise BadSample("broken image") from None
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: convert("RGB") would clip it to white
@@ -124,11 +118,8 @@ def open_image(data: bytes) -> Image.Image:
 def square(image: Image.Image, side: int, fit: str) -> np.ndarray:
     """An image as uint8 (side, side, 3): its centre (fit "crop"), all of it squeezed ("squeeze"), or all of it between
     white bars ("pad")."""
-    if fit == "squeeze":
-        return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
-    if fit == "pad":
-        return np.asarray(ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, "white"))
-    return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
+    to_square = {"crop": ImageOps.fit, "squeeze": Image.Image.resize, "pad": partial(ImageOps.pad, color="white")}[fit]
+    return np.asarray(to_square(image, (side, side), Image.Resampling.LANCZOS))
 
 
 def random_crop(image: Image.Image, side: int, rng: random.Random) -> np.ndarray:
@@ -161,8 +152,6 @@ def usable(piece: Piece, counts: Counts) -> Iterator[Sample]:
     for item in piece.items():
         try:
             sample = piece.load(item, counts)
-            if any(map(NO_TEXT.search, sample[1])):
-                raise BadSample("caption is not UTF-8")
         except BadSample as error:
             count(counts, str(error), str(item[0]), error.count)
         else:
@@ -254,10 +243,12 @@ def _shapes_pieces(source: str, image_size: int, num_shapes: int, split: str, se
 
 def _folder_pieces(folder: str) -> list[Piece]:
     """The pieces of a folder and its subfolders: its shards, and its other files in groups of one name."""
-    shards, files = [], []
-    for path in sorted(_files_of(folder, ())):
+    paths, shards, files = sorted(_files_of(folder, ())), [], []
+    for path in paths:
         name, suffix = os.path.splitext(path)
         (shards if suffix == ".tar" else files).append((name, suffix[1:].lower(), Path(path)))
+    if not paths:
+        raise ValueError(f"{folder}: has no files")
     groups = [(name, list(group)) for name, group in groupby(sorted(files), itemgetter(0))]
     shares = [groups[i:i + PIECE] for i in range(0, len(groups), PIECE)]
     return [_shard_piece(str(path)) for *_, path in shards] + [
@@ -298,13 +289,12 @@ def read_caption_file(path: Path, split: str | None) -> tuple[list[CaptionedImag
             captions[str(id)].append(caption.strip())
     except JSON_ERRORS:
         raise ValueError(f"{path}: neither COCO's captions nor Karpathy's") from None
-    images = {str(row[0]): row for row in reversed(rows)}  # the first of each id
-    for id, file, _ in rows:
-        if file != images[str(id)][1]:
-            raise ValueError(f"{path}: has two images {id}, {images[str(id)][1]} and {file}")
+    images = {str(row[0]): row for row in rows}
+    if different := [id for id, file, _ in rows if file != images[str(id)][1]]:
+        raise ValueError(f"{path}: has two images {different[0]}")
     if unknown := [id for id in captions if id not in images]:
         raise ValueError(f"{path}: has captions of image {unknown[0]}, but no such image")
-    return [CaptionedImage(*row, _as_captions(captions[id])) for id, row in reversed(images.items())], has_splits
+    return [CaptionedImage(*row, _as_captions(captions[id])) for id, row in images.items()], has_splits
 
 
 def _coco_pieces(source: str, split: str) -> list[Piece]:
@@ -377,21 +367,19 @@ def _load(group: tuple[str, Iterable[File]], counts: Counts) -> Sample:
     contents = {re.sub(r".*\.(txt|json)$", r"\1", suffix): content for _, suffix, content in files}
     if len(contents) < len(files):
         raise BadSample("two files of one name")
-    text, about, images = _read(contents.pop("txt", b"")), contents.pop("json", b""), []
+    text, about = (_read(contents.pop(suffix, b"")) for suffix in ("txt", "json"))
+    images, problem = [], "no image"
     for content in contents.values():
         try:
             images.append(open_image(_read(content)))
-        except NotAnImage:  # such as .cls or .npy
-            pass
-        except BadSample:
-            if text or about:
-                raise
+        except BadSample as error:  # such as a .cls beside the image
+            problem = str(error)
     if not images:
-        raise BadSample("not an image" if contents and (text or about) else "no image")
+        raise BadSample(problem if text or about or problem == APART else "no image")
     captions = _as_captions(_decode(text).splitlines())
     if not captions:
         with contextlib.suppress(*JSON_ERRORS):
-            about = json.loads(_read(about))
+            about = json.loads(about)
             captions = _as_captions(about.get("caption") or about.get("captions"))
     if not captions:
         raise BadSample("no caption")
@@ -402,11 +390,12 @@ def _load(group: tuple[str, Iterable[File]], counts: Counts) -> Sample:
 
 def _decode(text: bytes) -> str:
     """The text of a file in UTF-8, or in UTF-16 with its byte-order mark. Raises BadSample."""
-    is_utf_16 = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return text.decode("utf-16" if is_utf_16 else "utf-8-sig")
-    except UnicodeDecodeError:
-        raise BadSample("caption is not UTF-8") from None
+    with contextlib.suppress(UnicodeDecodeError):
+        if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return text.decode("utf-16")
+        if text.count(0) <= len(text) // 3:  # else it is UTF-16 without the mark
+            return text.decode("utf-8-sig")
+    raise BadSample("caption is not UTF-8")
 
 
 def _read(content: Path | bytes | BadSample) -> bytes:

@@ -66,7 +66,6 @@ class Protocol:
 
 CHUNK = 64  # items in a file
 SIDE = 256  # of the paper's images
-FITS = {"crop": "centre cropped, shorter side", "squeeze": "squeezed", "pad": "padded, longer side"}
 MODELS = ("ARGVLT", "ARGVLT large", "MAGVLT", "MAGVLT large")
 PROTOCOLS = {
     "t2i": Protocol("image", False, 40_504, "", 30_000, 32, 10, (0, 1, 2, 4, 8),
@@ -303,7 +302,7 @@ class Measurement:
             paper = {name: dict(zip(MODELS, values)) for name, values in protocol.paper.items()}
             notes = [*notes, f"the paper does not say {protocol.unknown}"]
         line = (f"{self.args.protocol}: {len(self.items):,} items of {self.args.captions.name} ({len(self.photos):,} "
-                f"images), {FITS[cfg.fit]} to {cfg.image_size} pixels; the best of {self.candidates}; "
+                f"images), fit {cfg.fit} to {cfg.image_size} pixels; the best of {self.candidates}; "
                 f"{'token by token' if cfg.model == 'argvlt' else f'{steps} steps'}; seed {self.args.seed}")
         print(line)
         for name, value in scores.items():

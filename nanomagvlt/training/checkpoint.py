@@ -64,11 +64,6 @@ def weight_hash(module: nn.Module) -> str:
     return sha.hexdigest()[:16]
 
 
-def text_hash(text: str) -> str:
-    """16 hexadecimal digits that identify a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def newest(runs: str | Path = "runs") -> Path:
     """The newest runs/*/last.pt. Raises ValueError, with the command that trains a model, where there is none."""
     files = sorted(Path(runs).glob("*/last.pt"), key=lambda path: path.stat().st_mtime)

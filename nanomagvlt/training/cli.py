@@ -19,10 +19,8 @@ from nanomagvlt.io import first_line
 def explain(error: Exception) -> str:
     """One line for an error that the user can mend: of the input, the disk, the memory, the compiler. "" for others."""
     text = str(error)
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)):
-        return text
+        return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else text
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
         return ("out of memory, so give smaller batches (--micro-batch, --vq-batch, --num-samples): "
                 + first_line(text.rpartition("DefaultCPUAllocator: ")[2]))

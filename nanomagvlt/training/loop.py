@@ -3,6 +3,7 @@
 A loop is then flat: `while step < cfg.steps`: one update, a line in the log, a save, a look at the stop flag. So read
 train_vqgan() in train_vqgan.py and train_model() in train.py.
 """
+import contextlib
 import json
 import math
 import signal
@@ -106,14 +107,6 @@ def optimizer_for(model: torch.nn.Module, cfg: Config, lr: float) -> torch.optim
                               {"params": rest, "weight_decay": 0.0}], lr=lr, betas=cfg.betas, fused=True)
 
 
-def step_of(line: bytes) -> float:
-    """The step of a line of a log; infinity if the line is damaged."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except (KeyError, TypeError, ValueError):
-        return math.inf
-
-
 class Log:
     """A JSON line for each record, appended to a file.
 
@@ -121,10 +114,13 @@ class Log:
     """
 
     def __init__(self, path: Path, step: int):
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        if lines:
+        if path.is_file():
+            kept = []
+            for line in path.read_bytes().splitlines(keepends=True):
+                with contextlib.suppress(KeyError, TypeError, ValueError):  # raised by a damaged line
+                    kept += [line] if line.endswith(b"\n") and json.loads(line)["step"] <= step else []
             with whole(path) as file:
-                file.writelines(line for line in lines if step_of(line) <= step)
+                file.writelines(kept)
         self.file = open(path, "a", buffering=1)
 
     def write(self, **record) -> None:

@@ -34,6 +34,8 @@ def test_words_are_those_of_the_java_tokenizer(shared):
     ("12:30pm, 1,000 men and 3-year-old #twins!!", "12:30 pm 1,000 men and 3-year-old #twins !!"),
     ("Two “dogs”\non a café’s roof…🐶", "two dogs on a café 's roof"),
     (" . ", ""),
+    ("Don’t, it’s O’Neil’s: five o’clock, Côte d’Ivoire", "do n't it 's o’neil 's five o’clock côte d’ivoire"),
+    ("the Qur’an of Hawai’i, ma'am", "the qur an of hawai’i ma'am"),
 ])
 def test_words_by_hand(text, words):
     assert " ".join(tokenize(text)) == words

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nanomagvlt.data.sources import square
 from nanomagvlt.sampling import edit
 from nanomagvlt.tokenizers.bpe import BPE
 
@@ -15,6 +16,18 @@ def test_a_token_is_generated_if_any_of_its_pixels_is_white():
     for box in ((0, 0, 0, 5), (5, 5, 2, 9), (0, 0, 33, 2), (-1, 0, 2, 2)):
         with pytest.raises(ValueError, match="region"):
             edit.region((32, 32), box)
+
+
+@pytest.mark.parametrize("fit, box, position, top_left", [
+    ("crop", (150, 0, 175, 25), 0, 0), ("squeeze", (100, 25, 200, 50), 5, 0), ("pad", (0, 0, 100, 50), 4, 255)])
+def test_masks_fit_as_their_image_does(fit, box, position, top_left):
+    """400 x 100 pixels on 4 x 4 tokens: the middle quarter, all of it squeezed, or all of it between white bars."""
+    assert edit.mask_to_positions(edit.region((400, 100), box), 4, fit).nonzero().tolist() == [[position]]
+    wide = Image.new("RGB", (400, 100))
+    wide.paste((255, 0, 0), box)
+    seen = square(wide, 32, fit).astype(int)
+    red = (seen[..., 0] - seen[..., 1]).reshape(4, 8, 4, 8).mean((1, 3)).flatten()
+    assert (red > 64).nonzero()[0].tolist() == [position] and seen[0, 31, 1] == top_left
 
 
 def test_the_centre_and_the_middle_words_are_the_papers():

@@ -1,6 +1,7 @@
 """Real runs of train.py, made small: one object, a model of a few thousand weights, six updates of each network."""
 import copy
 import json
+import os
 import re
 import shutil
 import signal
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import sample
 import train
+from nanomagvlt import io
 from nanomagvlt.config import preset
-from nanomagvlt.training import cost, loop, train_vqgan, update
+from nanomagvlt.training import cli, cost, loop, train_vqgan, update
 
 SMALL = """
     --preset micro --pairs 60 --eval-scenes 3 --bpe-merges 20 --bpe-dropout 0.1 --vq-images 60 --vq-steps 6 --vq-start 2
@@ -217,6 +220,81 @@ def test_a_folder_in_which_nothing_was_done_may_be_begun_anew(tmp_path):
     with pytest.raises(ValueError, match="it2it_ratio"):
         train.check_run_config(preset("micro", it2it_ratio="same"), run, {})
     train.check_run_config(preset("micro"), run, {})
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch) -> None:
+    """A folder d of six pictures, each with a caption."""
+    monkeypatch.chdir(tmp_path)
+    Path("d").mkdir()
+    for i in range(6):
+        Image.new("RGB", (40, 20), (40 * i, 90, 200)).save(f"d/{i}.png")
+        Path(f"d/{i}.txt").write_text(f"picture {i}")
+
+
+def refused(capsys, *flags: str) -> str:
+    """The one line with which a run is refused. It changes no file."""
+    before = content(Path())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run(*flags)
+    [line] = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and equal(before, content(Path()))
+    return line
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--data nowhere", "nowhere"), ("--data shapes:tinny", "'tiny'"), ("--data d --val-data nowhere", "nowhere"),
+    ("--data d --val-data empty", "empty"), ("--data d --vq-channels 6", "vq_groups"),
+    ("--cache c", "--vqgan"), ("--cache c --vqgan v.pt", "v.pt"), ("--cache c --val-data d", "val_data"),
+    ("--data d --bpe b.txt", "b.txt"), ("--data d --vq-vgg v.pth", "vq_lpips"),
+    ("--data d --compile true", "--compile"), ("--data d --vq-attention 7", "vq_attention")])
+def test_what_a_run_lacks_is_found_before_work_begins(flags, named, pictures, monkeypatch, capsys):
+    def no_compiler(*args):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    Path("empty").mkdir()
+    assert named in refused(capsys, *flags.split())
+
+
+def test_a_run_goes_on_where_its_inputs_are_the_same_wherever_they_are(pictures, capsys):
+    run("--data", "d", "--val-data", "./d", "--stage", "bpe")
+    Path("d").rename("moved")
+    run("--data", "./moved", "--val-data", "moved", "--stage", "bpe")
+    Path("moved/3.txt").write_text("picture 7")
+    assert "train pairs" in refused(capsys, "--data", "moved", "--stage", "bpe")
+    own = ["--cache", "runs/micro/cache", "--vqgan", "runs/micro/vqgan.pt"]
+    kept = content(Path("runs/micro/cache"))
+    run(*own, "--stage", "bpe")
+    assert equal(kept, content(Path("runs/micro/cache")))
+    with pytest.raises(SystemExit):
+        run(*own, "--name", "other", "--fit", "pad")
+    assert "--fit" in capsys.readouterr().err
+
+
+def test_one_process_at_a_time_uses_a_run(pictures, capsys):
+    run("--data", "d", "--stage", "vqgan")
+    with io.lock(Path("runs/micro/.lock")):
+        assert f"process {os.getpid()}" in refused(capsys, "--data", "d")
+    run("--data", "d", "--stage", "cache")
+
+
+def test_a_damaged_log_loses_its_damaged_lines_alone(tmp_path):
+    path, lines = tmp_path / "log.jsonl", [f'{{"step": {i}}}\n'.encode() for i in range(9)]
+    for damage in (b"\0" * 500, b'{"step": 5, "ta', b"3\n", b"\xff\n", b'{"loss": 1}\n', b'{"step": "x"}\n'):
+        path.write_bytes(b"".join(lines[:3]) + damage + b"\n" + b"".join(lines[3:]) + damage.rstrip())
+        loop.Log(path, 6).write(step=7)
+        assert path.read_bytes() == b"".join(lines[:8])
+
+
+@pytest.mark.parametrize("error, named", [
+    (ValueError("--x 3 is too much"), "--x 3"), (OSError(28, "No space left on device", "runs/a"), "runs/a: No space"),
+    (MemoryError("no"), "memory"), (torch.OutOfMemoryError("CUDA out of memory."), "--micro-batch"),
+    (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9 bytes"), ": can't allocate memory: 9 bytes"),
+    (RuntimeError("TritonMissing: none"), "--compile"), (RuntimeError("a fault of this program"), "")])
+def test_errors_that_the_user_can_mend_are_one_line(error, named):
+    line = cli.explain(error)
+    assert named in line and bool(line) == bool(named) and "\n" not in line
 
 
 def test_updates_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_run(straight, tmp_path, monkeypatch,
