@@ -33,7 +33,7 @@ from tqdm import tqdm
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, as_json
 from nanomagvlt.data import shapes
 from nanomagvlt.data.cache import TokenCache, make_batch, rows_of_step, write_cache
-from nanomagvlt.data.sources import Counts, Pair, left_out, pieces_of, read_pairs, source_hash
+from nanomagvlt.data.sources import Counts, Pair, Piece, left_out, pieces_of, read_pairs
 from nanomagvlt.evaluation import small_world
 from nanomagvlt.io import lock, one_line_error, write_image, write_json
 from nanomagvlt.model import MAGVLT, num_parameters
@@ -162,14 +162,14 @@ def source_of(cfg: Config, split: str) -> str:
     return cfg.data if split == "train" or shapes.level_of(cfg.data) and not cfg.val_data else cfg.val_data
 
 
-def details_of(cfg: Config, split: str) -> tuple:
-    """What pieces_of() and read_pairs() need beside the source: how many shapes, the split, the seed."""
-    return cfg.pairs if split == "train" else 1000, split, cfg.seed
+def pieces_for(cfg: Config, split: str) -> list[Piece]:
+    """The pieces of the source of a split."""
+    return pieces_of(source_of(cfg, split), cfg.image_size, cfg.pairs if split == "train" else 1000, split, cfg.seed)
 
 
 def pairs_of(cfg: Config, split: str, counts: Counts) -> Iterator[Pair]:
     """The pairs to train or to validate on."""
-    return read_pairs(source_of(cfg, split), cfg.image_size, counts, *details_of(cfg, split), cfg.fit)
+    return read_pairs(source_of(cfg, split), pieces_for(cfg, split), cfg.image_size, counts, cfg.fit)
 
 
 def cache_folders(cfg: Config, run: Path) -> dict[str, Path]:
@@ -295,8 +295,8 @@ def check_inputs(cfg: Config, run: Path, args, device: torch.device) -> dict[str
     if cfg.bpe:
         hashes["bpe"] = f"{keyed_seed(BPE.load(cfg.bpe).to_text()):016x}"
     for split, folder in cache_folders(cfg, run).items():
-        hashes[f"{split} pairs"] = TokenCache(folder).meta["made_of"] if cfg.cache else source_hash(
-            pieces_of(source_of(cfg, split), cfg.image_size, *details_of(cfg, split)))
+        hashes[f"{split} pairs"] = TokenCache(folder).meta["made_of"] if cfg.cache else (
+            f"{keyed_seed([piece.identity for piece in pieces_for(cfg, split)]):016x}")
     return hashes
 
 

@@ -90,8 +90,8 @@ def inspect(args) -> None:
     print(f"captions: {spread(lengths)} " + (
         f"tokens with the end token; {cut:.1%} are longer than {args.text_length} and would be cut" if bpe
         else "words (with --bpe FILE: tokens, and how many are cut)"))
-    labels = [pair.caption for pair in kept]
-    write_image(args.sheet, [contact_sheet(np.stack([pair.image for pair in kept]), labels, columns=6)])
+    sheet = contact_sheet(np.stack([pair.image for pair in kept]), [pair.caption for pair in kept], columns=6)
+    write_image(args.sheet, [sheet])
     print(f"{len(kept)} random samples -> {args.sheet}")
 
 

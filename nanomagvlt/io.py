@@ -52,8 +52,7 @@ def whole(path: Path) -> Iterator:
 
 
 def lock(path: Path):
-    """Creates and locks a file, until what is returned is closed: by this process, and by those that inherited it.
-    Raises ValueError, which names the process that holds the lock."""
+    """Locks a file until it is closed, by all processes that inherit it. Raises ValueError if another one holds it."""
     file = open(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -80,8 +80,8 @@ class Pair(NamedTuple):
 
 class CaptionedImage(NamedTuple):
     """An image in a caption file. `file` is a path in the folder of images; `domain` is NoCaps' own, else ""."""
-    id: int | str
     file: str
+    id: int | str
     domain: str
     captions: list[str]
 
@@ -134,14 +134,10 @@ def random_crop(image: Image.Image, side: int, rng: random.Random) -> np.ndarray
     return np.asarray(scaled.crop((x, y, x + side, y + side)))
 
 
-def read_pairs(source: str, image_size: int, counts: Counts, num_shapes: int = 0, split: str = "train",
-               seed: int = 0, fit: str = "crop") -> Iterator[Pair]:
-    """The usable pairs of a source, always in the same order. Raises ValueError for a source that cannot be used.
-
-    counts gains the number of samples under "good", and of all else under the reason. num_shapes and seed apply to
-    `shapes:LEVEL`, split ("train", "val" or "test") to it and to Karpathy's file, fit to images that are not square.
-    """
-    for piece in pieces_of(source, image_size, num_shapes, split, seed):
+def read_pairs(source: str, pieces: list[Piece], image_size: int, counts: Counts, fit: str = "crop") -> Iterator[Pair]:
+    """The usable pairs of a source, of which these are the pieces, always in the same order. counts gains the number of
+    samples under "good", and of all else under the reason. Raises ValueError if there are too many bad samples."""
+    for piece in pieces:
         for sample in usable(piece, counts):
             yield from as_pairs(*sample, image_size, fit=fit)
     check_bad_share(source, counts)
@@ -199,7 +195,8 @@ def left_out(counts: Counts) -> str:
 
 def pieces_of(source: str, image_size: int = 0, num_shapes: int = 0, split: str = "train", seed: int = 0
               ) -> list[Piece]:
-    """The pieces of a source, with the arguments of read_pairs(). Raises ValueError for a source that is absent."""
+    """The pieces of a source. num_shapes and seed are for `shapes:LEVEL`, split ("train", "val" or "test") for it and for
+    Karpathy's file. Raises ValueError for a source that is absent."""
     pieces = []
     for part in [source] if os.path.exists(source) else source.split(","):
         if part.startswith("shapes:"):
@@ -211,11 +208,6 @@ def pieces_of(source: str, image_size: int = 0, num_shapes: int = 0, split: str 
         else:
             pieces += map(_shard_piece, _shards(part))
     return pieces
-
-
-def source_hash(pieces: list[Piece]) -> str:
-    """16 hexadecimal digits that change if the files of a source do, but not if they move."""
-    return f"{keyed_seed([piece.identity for piece in pieces]):016x}"
 
 
 def _stamp(path: str | Path, folder: str) -> tuple[str, int, int]:
@@ -280,17 +272,17 @@ def read_caption_file(path: Path, split: str | None) -> tuple[list[CaptionedImag
             splits = {None: ("test",), "train": ("train", "restval")}.get(split, (split,))
             images = [(row.get("cocoid", row["filename"]), row)  # in his files of Flickr there is no cocoid
                       for row in content["images"] if row["split"] in splits]
-            rows = [(id, os.path.join(row.get("filepath", ""), row["filename"]), "") for id, row in images]
+            rows = [(os.path.join(row.get("filepath", ""), row["filename"]), id, "") for id, row in images]
             pairs = [(id, sentence["raw"]) for id, row in images for sentence in row["sentences"]]
         else:
-            rows = [(row["id"], str(row["file_name"]), row.get("domain", "")) for row in content["images"]]
+            rows = [(str(row["file_name"]), row["id"], row.get("domain", "")) for row in content["images"]]
             pairs = [(row["image_id"], row["caption"]) for row in content["annotations"]]
         for id, caption in pairs:
             captions[str(id)].append(caption.strip())
     except JSON_ERRORS:
         raise ValueError(f"{path}: neither COCO's captions nor Karpathy's") from None
-    images = {str(row[0]): row for row in rows}
-    if different := [id for id, file, _ in rows if file != images[str(id)][1]]:
+    images = {str(row[1]): row for row in rows}
+    if different := [id for file, id, _ in rows if file != images[str(id)][0]]:
         raise ValueError(f"{path}: has two images {different[0]}")
     if unknown := [id for id in captions if id not in images]:
         raise ValueError(f"{path}: has captions of image {unknown[0]}, but no such image")
@@ -303,16 +295,14 @@ def _coco_pieces(source: str, split: str) -> list[Piece]:
         raise ValueError(f"{source}: give coco:CAPTIONS.json:FOLDER, a file and the folder of its images")
     images, _ = read_caption_file(Path(path), split)
 
-    def load(item: tuple[str, CaptionedImage], counts: Counts) -> Sample:
-        image = item[1]
+    def load(image: CaptionedImage, counts: Counts) -> Sample:
         if os.path.isabs(image.file) or os.path.normpath(image.file).startswith(".."):
             raise BadSample("image outside of its folder")
         if not image.captions:
             raise BadSample("no caption")
         return image.file, image.captions, open_image(_read(Path(folder, image.file)))
-    items = [(os.path.join(folder, image.file), image) for image in images]
-    return [Piece((*_stamp(path, os.path.dirname(path)), split, i), partial(iter, items[i:i + PIECE]), load)
-            for i in range(0, len(items), PIECE)]
+    return [Piece((*_stamp(path, os.path.dirname(path)), split, i), partial(iter, images[i:i + PIECE]), load)
+            for i in range(0, len(images), PIECE)]
 
 
 def _shards(pattern: str) -> list[str]:

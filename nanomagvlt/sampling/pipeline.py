@@ -202,9 +202,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def contact_sheet(images: np.ndarray, labels: list[str], columns: int = 4) -> Image.Image:
-    """A white sheet of pictures, uint8 (B, S, S, 3), each enlarged to about 160 pixels, with its label below.
-
-    A label has at most 12 lines. Letters beyond ASCII, which Pillow's font lacks, are escaped."""
+    """A white sheet of pictures, uint8 (B, S, S, 3), each enlarged to about 160 pixels, with its label below: at most
+    12 lines, in which letters beyond ASCII are escaped, because Pillow's font lacks them."""
     scale = max(1, round(160 / images.shape[1]))
     side, margin, font = images.shape[1] * scale, 8, ImageFont.load_default(12)
     lines = [textwrap.wrap(label.encode("ascii", "backslashreplace").decode(), max(8, side // 7), max_lines=12,

@@ -60,6 +60,11 @@ def read(source: str) -> tuple[list[Pair], Counter]:
     return pairs, Counter({reason: number for reason, (number, _) in counts.items()})
 
 
+def pairs_in(source: str, side: int = 32, *details, **more) -> list[Pair]:
+    """The pairs of a source as training reads them."""
+    return list(read_pairs(source, pieces_of(source, side, *details, **more), side, {}))
+
+
 def captions_and_counts(source: str) -> tuple[list[str], Counter]:
     pairs, counts = read(source)
     return [pair.caption for pair in pairs], counts
@@ -152,10 +157,10 @@ def test_a_lost_shard_counts_as_all_its_samples():
     for i in range(10):
         tar(f"{i:05d}.tar", shard_of(20))
     write({"00003.tar": b"\x01" * 7000})
-    list(read_pairs(".", 32, {}))  # without _stats.json: 1 of 181, which is few enough
+    pairs_in(".")  # without _stats.json: 1 of 181, which is few enough
     Path("00003_stats.json").write_text('{"count": 25, "successes": 20}')
     with pytest.raises(ValueError, match="180 of 200.*20 x lost in .*00003.tar"):
-        list(read_pairs(".", 32, {}))
+        pairs_in(".")
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, sparse: int = 0) -> bytes:
@@ -217,7 +222,7 @@ def test_a_source_that_cannot_be_used_is_named():
                             ("y.tar", "y.tar: 93 of 100 .*7 x not an image"), ("shapes:tinny", "'tiny'"),
                             ("coco:x", "coco:x"), ("shapes:tiny", "image_size")):
         with pytest.raises(ValueError, match=message):
-            list(read_pairs(source, 64, {}, 10))
+            pairs_in(source, 64, 10)
 
 
 def test_shards_by_folder_range_pattern_and_list():
@@ -266,7 +271,7 @@ def test_karpathys_splits(photos):
     images[1]["cocoid"] = 5
     Path("dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
     for split, captions in (("train", "a restval b train"), ("test", "c test")):
-        pairs = read_pairs("coco:dataset_coco.json:.", 32, {}, split=split)
+        pairs = pairs_in("coco:dataset_coco.json:.", split=split)
         assert " ".join(pair.caption for pair in pairs) == captions
     [row], has_splits = read_caption_file(Path("dataset_coco.json"), None)
     assert has_splits and (row.id, row.file, row.captions) == (5, "test/c.jpg", ["c", "test"])
@@ -352,7 +357,8 @@ def test_every_image_in_a_caption_file_is_read_or_counted(seed):
     assert Counter(int(pair.caption) for pair in pairs) == {i: i % 4 for i in range(2, 20, 4)}
 
 
-@pytest.mark.parametrize("text", ["größer naïve", "Привет", "ลูกบอลสีแดง ที่นี่", "लाल गेंद", "👨\u200d👩\u200d👧", "می\u200cخواهم"])
+@pytest.mark.parametrize("text", [
+    "größer naïve", "Привет", "ลูกบอลสีแดง ที่นี่", "लाल गेंद", "👨\u200d👩\u200d👧", "می\u200cخواهم"])
 def test_a_caption_is_what_was_written_or_is_counted(text):
     encodings = {name: text.encode(name) for name in ("utf-8", "utf-8-sig", "utf-16")}
     write({f"d/{name}.txt": data for name, data in encodings.items()} | {f"d/{name}.png": png() for name in encodings})
@@ -368,7 +374,7 @@ def test_a_caption_is_what_was_written_or_is_counted(text):
 def test_files_that_are_no_samples_are_no_reason_to_refuse_and_a_refusal_names_a_file():
     write(captioned({f"d/{i}": png() for i in range(10)}))
     write({f"d/{name}": b"x" for name in ("README.md", "LICENSE", "Thumbs.db", "0_stats.json", "0.parquet")})
-    assert len(list(read_pairs("d", 32, {}))) == 10
+    assert len(pairs_in("d")) == 10
     write({"d/9.png": b"<html>"})
     with pytest.raises(ValueError, match="9 of 10 samples.* 1 x not an image .first: d/9"):
-        list(read_pairs("d", 32, {}))
+        pairs_in("d")

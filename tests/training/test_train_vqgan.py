@@ -1,14 +1,13 @@
 """Training the VQ-GAN: which images it learns from, and how it resumes."""
 import json
 import signal
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from nanomagvlt.config import Config, preset
-from nanomagvlt.data.sources import read_pairs
+from nanomagvlt.data.sources import pieces_of, read_pairs
 from nanomagvlt.training import checkpoint, train_vqgan
 from nanomagvlt.training.loop import Stopped
 
@@ -18,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def pairs(cfg: Config) -> list:
-    return list(read_pairs(cfg.data, cfg.image_size, Counter(), 8))
+    return list(read_pairs(cfg.data, pieces_of(cfg.data, num_shapes=8), cfg.image_size, {}))
 
 
 def train(folder: Path) -> tuple[dict, list[dict]]:
