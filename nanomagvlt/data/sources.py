@@ -195,8 +195,8 @@ def left_out(counts: Counts) -> str:
 
 def pieces_of(source: str, image_size: int = 0, num_shapes: int = 0, split: str = "train", seed: int = 0
               ) -> list[Piece]:
-    """The pieces of a source. num_shapes and seed are for `shapes:LEVEL`; split ("train", "val" or "test") is for it, and
-    for Karpathy's file. Raises ValueError for a source that is absent."""
+    """The pieces of a source. num_shapes and seed are for `shapes:LEVEL`; split ("train", "val" or "test") is for it
+    and for Karpathy's file. Raises ValueError for a source that is absent."""
     pieces = []
     for part in [source] if os.path.exists(source) else source.split(","):
         if part.startswith("shapes:"):
