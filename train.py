@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, as_json
 from nanomagvlt.data import shapes
-from nanomagvlt.data.cache import TokenCache, make_batch, rows_of_step, write_cache
-from nanomagvlt.data.sources import Counts, Pair, Piece, left_out, pieces_of, read_pairs
+from nanomagvlt.data.cache import TokenCache, make_batch, write_cache
+from nanomagvlt.data.sources import Counts, Example, Piece, left_out, pieces_of, read_examples
 from nanomagvlt.evaluation import small_world
 from nanomagvlt.io import lock, one_line_error, write_image, write_json
 from nanomagvlt.model import MAGVLT, num_parameters
@@ -131,7 +131,7 @@ def validate(model: MAGVLT, cfg: Config, cache: TokenCache, bpe: BPE) -> dict[st
     method, size = method_of(cfg), min(64, len(cache))
     sums, batches = defaultdict(float), min(8, len(cache) // size)
     for i in range(batches):
-        batch = make_batch(cache, bpe, rows_of_step(i, size, len(cache), cfg.seed), cfg)
+        batch = make_batch(cache, bpe, cache.rows_of_step(i, size, cfg.seed), cfg)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         rng = partial(batch_uniform, model.device, size, slice(size), cfg.seed, f"val {i}")
         for task, share in cfg.task_shares.items():
@@ -167,9 +167,9 @@ def pieces_for(cfg: Config, split: str) -> list[Piece]:
     return pieces_of(source_of(cfg, split), cfg.image_size, cfg.pairs if split == "train" else 1000, split, cfg.seed)
 
 
-def pairs_of(cfg: Config, split: str, counts: Counts) -> Iterator[Pair]:
-    """The pairs to train or to validate on."""
-    return read_pairs(source_of(cfg, split), pieces_for(cfg, split), cfg.image_size, counts, cfg.fit)
+def examples_of(cfg: Config, split: str, counts: Counts) -> Iterator[Example]:
+    """The examples to train or to validate on."""
+    return read_examples(source_of(cfg, split), pieces_for(cfg, split), cfg.image_size, counts, cfg.fit)
 
 
 def cache_folders(cfg: Config, run: Path) -> dict[str, Path]:
@@ -194,7 +194,7 @@ def get_vqgan(cfg: Config, run: Path, device: torch.device) -> VQGAN:
             raise ValueError(f"{path}: its {differing[0]} differs: give it with --vqgan, or take another --name")
         print(f"vqgan: reusing {path}")
         return vqgan.to(device)
-    return train_vqgan(cfg, pairs_of(cfg, "train", {}), path, device)
+    return train_vqgan(cfg, examples_of(cfg, "train", {}), path, device)
 
 
 def get_caches(cfg: Config, run: Path, vqgan: VQGAN, hashes: dict[str, str]) -> dict[str, TokenCache]:
@@ -207,9 +207,9 @@ def get_caches(cfg: Config, run: Path, vqgan: VQGAN, hashes: dict[str, str]) -> 
             print(f"cache: reusing {folder}, {len(caches[split]):,} pairs")
         else:
             counts: Counts = {}
-            pairs = tqdm(pairs_of(cfg, split, counts), desc=f"cache {split}", unit="pair", **BAR)
+            examples = tqdm(examples_of(cfg, split, counts), desc=f"cache {split}", unit="image", **BAR)
             meta = settings | {"source": source_of(cfg, split), "made_of": hashes[f"{split} pairs"]}
-            caches[split] = write_cache(folder, pairs, vqgan, meta)
+            caches[split] = write_cache(folder, examples, vqgan, meta)
             print(f"cache: {len(caches[split]):,} pairs -> {folder}{left_out(counts)}")
         for name, expected in settings.items():
             if caches[split].meta[name] != expected:

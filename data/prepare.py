@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script from anywh
 
 from nanomagvlt.config import CHOICES
 from nanomagvlt.data import cache
-from nanomagvlt.data.sources import MAX_BAD_SHARE, as_pairs, left_out, num_samples, pieces_of, usable
+from nanomagvlt.data.sources import MAX_BAD_SHARE, left_out, num_samples, pieces_of, square, usable
 from nanomagvlt.io import write_image
 from nanomagvlt.sampling.pipeline import contact_sheet, pick_device
 from nanomagvlt.tokenizers.bpe import BPE, clean_caption
@@ -69,13 +69,13 @@ def inspect(args) -> None:
     counts, sizes, lengths, kept = {}, [], [], []
     rng, started = random.Random(args.seed), time.perf_counter()
     for piece in tqdm(pieces, unit="piece"):
-        for i, (key, captions, image) in enumerate(usable(piece, counts), len(sizes)):
+        for i, (_, captions, image) in enumerate(usable(piece, counts), len(sizes)):
             captions = [clean_caption(caption) if args.clean_captions else caption for caption in captions]
             lengths += [len(bpe.encode(caption)) + 1 if bpe else len(caption.split()) for caption in captions]
             sizes.append(image.size)
             slot = i if i < NUM_SHOWN else rng.randrange(i + 1)  # reservoir sampling: all samples are equally likely
             if slot < NUM_SHOWN:
-                kept[slot:slot + 1] = as_pairs(key, captions[:1], image, side, fit=fit)
+                kept[slot:slot + 1] = [(square(image, side, fit), captions[0])]
     total, rate = num_samples(counts), len(sizes) / (time.perf_counter() - started)
     print(f"{args.source}: {len(sizes):,} images with {len(lengths):,} captions in {len(pieces):,} pieces, "
           f"read at {rate:.0f}/s")
@@ -90,8 +90,8 @@ def inspect(args) -> None:
     print(f"captions: {spread(lengths)} " + (
         f"tokens with the end token; {cut:.1%} are longer than {args.text_length} and would be cut" if bpe
         else "words (with --bpe FILE: tokens, and how many are cut)"))
-    sheet = contact_sheet(np.stack([pair.image for pair in kept]), [pair.caption for pair in kept], columns=6)
-    write_image(args.sheet, [sheet])
+    images, labels = zip(*kept)
+    write_image(args.sheet, [contact_sheet(np.stack(images), labels, columns=6)])
     print(f"{len(kept)} random samples -> {args.sheet}")
 
 

@@ -80,6 +80,9 @@ class Config:
     length_positions: int = 1                # masked positions in a text's place when its length is predicted; R 16
     unroll_mask: bool = False                # UnrollMask (section 3.3): one more pass, not in IT2IT; P true
     unroll_weight: float = 1.0               # lambda_UM; P 1
+    unroll_step: str = "fresh"               # UnrollMask's second mask: fresh, next or confident (see chapter 4)
+    unroll_temperature: float = 1.0          # at which UnrollMask's guesses are sampled
+    unroll_top_k: int = 0                    # ... among this many likeliest tokens; 0: among all
     unroll_text: str = "masked"              # text positions that UnrollMask may mask again: masked (before), or all
     mixsel: str = "off"                      # MixSel (section 3.4): off, select, or random (the control); P select
     mixsel_weight: float = 0.5               # lambda_MS; P 0.5
@@ -199,8 +202,6 @@ class Config:
             yield "model argvlt has no it2it, UnrollMask, MixSel or condition_dropout"
         if self.segments and not is_causal:
             yield "segments needs model argvlt"
-        if mixes and min(self.micro_batch or 2, self.batch_size) < 2:
-            yield "mixsel needs at least two pairs at a time: see batch_size and micro_batch"
         if mixes and not 1 <= self.mixsel_separators <= self.text_length - 3:
             yield f"mixsel_separators {self.mixsel_separators} must lie in 1..text_length - 3"
         if not 1 <= self.length_positions <= self.text_length:
@@ -217,19 +218,19 @@ class Config:
 
 LIMITS = {  # what a value must be, a test for it, and the fields
     "at least 0": (lambda x: x >= 0, "bpe_merges vq_start vq_discriminator_start length_weight unroll_weight "
-                   "mixsel_weight micro_batch warmup weight_decay eval_scenes image_top_k text_top_k image_noise "
-                   "text_noise task_weights betas guidance"),
+                   "unroll_top_k mixsel_weight micro_batch warmup weight_decay eval_scenes image_top_k text_top_k "
+                   "image_noise text_noise task_weights betas guidance"),
     "at least 1": (lambda x: x >= 1, "pairs image_size text_length text_bucket codebook_size codebook_dim vq_channels "
                    "vq_multipliers vq_res_blocks vq_latent vq_groups vq_images vq_steps vq_batch layers width heads "
                    "steps batch_size image_steps text_steps log_every eval_every sample_every save_every"),
-    "above 0": (lambda x: x > 0, "lr vq_lr grad_clip decay_fraction init_std"),
+    "above 0": (lambda x: x > 0, "unroll_temperature lr vq_lr grad_clip decay_fraction init_std"),
     "at least 0.001": (lambda x: x >= 0.001, "image_temperature text_temperature"),
     "in [0, 1)": (lambda x: 0 <= x < 1, "label_smoothing dropout ema condition_dropout"),
     "in [0, 1]": (lambda x: 0 <= x <= 1, "bpe_dropout vq_mixed decay_fraction"),
 }
 
 CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"),
-           "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
+           "unroll_step": ("fresh", "next", "confident"), "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
            "fit": ("crop", "squeeze", "pad"),
            "length_pass": ("own", "main"), "precision": ("fp32", "bf16"), "position_init": ("normal", "sincos"),
            "image_order": ORDERS, "text_order": ORDERS, "pair_text_order": ORDERS,

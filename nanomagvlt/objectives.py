@@ -14,8 +14,8 @@ terms join it in eq. 6, total_loss():
 How to read: losses() is the whole method, a few passes through the model. The code for large runs (parts of a
 batch, torch.compile, freeing one pass's memory before the next) is outside, in training/update.py.
 
-A batch is a dict of tensors: image_tokens (B, G G), text_tokens (B, T), text_lengths (B,) and, for MixSel, the tokens
-of the squeezed image: tall_tokens (B, G G/2), at half its width, and wide_tokens (B, G G/2), at half its height.
+A batch is a dict of tensors: image_tokens (B, G G), text_tokens (B, T), text_lengths (B,), and for MixSel those of the
+partner and of the joined picture (see make_batch() in data/cache.py).
 Randomness comes from `rng` (see rng.py); each of its purposes gives its own numbers.
 
 Shapes: B batch, N positions of a piece (G x G for an image, T for a text, padded to about the longest of the batch), V
@@ -60,22 +60,21 @@ def losses(model, task: str, batch: Batch, rng: Rng, run: Callable | None = None
     shown = drop_captions(task, batch, rng, cfg) if model.training else batch
     masks = sample_masks(maskable(task, batch), rng, "main", cfg)
     terms, logits = run(model, "mask", build(task, cfg, shown, masks), batch)                        # eq. 1-3
-    predictions = {f"{piece}_tokens": sample(values, rng("unroll guesses", values.shape[1]))[0]      # (B, N)
-                   for piece, values in logits.items()}
+    guesses = {piece: sample(values.float() / cfg.unroll_temperature, rng("unroll guesses", values.shape[1]),
+                             cfg.unroll_top_k) for piece, values in logits.items()}                  # (B, N), (B, N)
     del logits  # they are large, and would stay in memory through the next passes
 
     if record.length_of and cfg.length_pass == "own":                                                # section 3.2
         terms |= run(model, "length", build_for_length(task, cfg, batch, masks), batch)[0]
 
     if cfg.unroll_mask and record.unroll:                                                            # figure 3
-        unrolled = {name: torch.where(masks[name.removesuffix("_tokens")], predicted, batch[name])   # (B, N)
-                    for name, predicted in predictions.items()}
-        second_masks = remask(task, batch, masks, rng, cfg)
+        ((piece, (guess, p)),) = guesses.items()
+        unrolled = {f"{piece}_tokens": torch.where(masks[piece], guess, batch[f"{piece}_tokens"])}   # (B, N)
+        second_masks = remask(task, batch, masks, p, rng, cfg)
         terms |= run(model, "unroll", build(task, cfg, {**shown, **unrolled}, second_masks), batch)[0]   # eq. 4
 
     if cfg.mixsel != "off":                                                                          # figure 5
         mixed, mixed_masks, selector = mix(task, batch, rng, cfg)
-        selector = selector if cfg.mixsel == "select" else None  # "random" is MixRandom: no selector (appendix E)
         terms |= run(model, "mixsel", build(task, cfg, mixed, mixed_masks, selector), mixed)[0]      # eq. 5
     return total_loss(cfg, **terms), terms
 
@@ -161,18 +160,24 @@ def sample_masks(allowed: Masks, rng: Rng, purpose: str, cfg, round_image_up: bo
     return masks
 
 
-def remask(task: str, batch: Batch, masks: Masks, rng: Rng, cfg) -> Masks:
-    """UnrollMask's second masks: floor(gamma(r') x the number masked before), at least 1, with a new r' (figure 3).
+def remask(task: str, batch: Batch, masks: Masks, p: Tensor, rng: Rng, cfg) -> Masks:
+    """UnrollMask's second masks, M^(k+1) of eq. 4, among the positions masked before (with cfg.unroll_text "all": among
+    all positions of a text, as in decoding). p (B, N) are the probabilities of the guesses. Eq. 4 leaves open which:
 
-    They are chosen uniformly among the positions masked before. With cfg.unroll_text "all", any text position can be
-    chosen, as in decoding. (Decoding chooses the least confident. Eq. 4 leaves this open.)
+      fresh      floor(gamma(r') x the number masked before), with a new r', at random (figure 3)
+      next       as many as decoding leaves masked one of its K steps later, ceil(gamma(r + 1/K) N), at random
+      confident  as many as next, where p is lowest, as decoding does
     """
     (piece,) = TASKS[task].generates
-    r = rng("unroll r")                                                                              # (B,)
-    count = num_masked(gamma(r, SCHEDULE[KIND[piece]]), masks[piece].sum(1), round_up=False)         # (B,)
-    is_anywhere = KIND[piece] == "text" and cfg.unroll_text == "all"
-    allowed = (maskable(task, batch) if is_anywhere else masks)[piece]                               # (B, N)
-    return {piece: bottom_k_mask(rng("unroll places", allowed.shape[1]), count, allowed)}
+    before, allowed, kind = masks[piece].sum(1), maskable(task, batch)[piece], KIND[piece]           # (B,), (B, N)
+    if cfg.unroll_step == "fresh":
+        count = num_masked(gamma(rng("unroll r"), SCHEDULE[kind]), before, round_up=False)           # (B,)
+    else:
+        r = rng("main r") + 1 / (cfg.image_steps if kind == "image" else cfg.text_steps)             # (B,)
+        count = num_masked(gamma(r.clamp(max=1), SCHEDULE[kind]), allowed.sum(1)).minimum(before)    # (B,)
+    allowed = allowed if kind == "text" and cfg.unroll_text == "all" else masks[piece]
+    scores = p if cfg.unroll_step == "confident" else rng("unroll places", p.shape[1])               # (B, N)
+    return {piece: bottom_k_mask(scores, count, allowed)}
 
 
 def drop_captions(task: str, batch: Batch, rng: Rng, cfg) -> Batch:
@@ -187,28 +192,26 @@ def drop_captions(task: str, batch: Batch, rng: Rng, cfg) -> Batch:
 def mix(task: str, batch: Batch, rng: Rng, cfg) -> tuple[Batch, Masks, Tensor]:
     """MixSel's batch (figure 5), its masks, and its selectors (B,), which are special tokens.
 
-    Each sample's context is joined with another sample's, in random order. The target belongs to its own part:
+    Each sample's context is joined with its partner's. The target belongs to its own part:
       t2i    the two captions are joined as a || b; the own image is predicted      selector LEFT or RIGHT
       i2t    the two images, left|right or top|bottom; the own caption              LEFT, RIGHT, TOP or BOTTOM
       it2it  both are joined; the own half of the image and the own caption         LEFT, RIGHT, TOP or BOTTOM
-    LEFT and TOP select the first. The direction, left|right or top|bottom, is drawn once for a batch, or part of one.
+    LEFT and TOP select the first. With cfg.mixsel "random", MixRandom (appendix E), the selector selects at random.
     """
     joined = TASKS[task].given or TASKS[task].generates  # it2it has no given piece: it joins what it generates
-    is_own_first = rng("mix side") < 0.5                                                             # (B,)
-    own = torch.arange(len(is_own_first), device=is_own_first.device)                                # (B,)
-    other = partners(rng("mix partner"))                                                             # (B,)
-    first_row, second_row = torch.where(is_own_first, own, other), torch.where(is_own_first, other, own)
-    first, second = ({name: tensor[rows] for name, tensor in batch.items()} for rows in (first_row, second_row))
-    has_image = any(KIND[piece] == "image" for piece in joined)
-    is_stacked = (rng("mix direction")[:1] < 0.5) & has_image                                        # (1,) top|bottom?
+    is_own_first, own = batch["is_first"], torch.arange(len(batch["is_first"]), device=batch["is_first"].device)  # (B,)
+    is_stacked = batch["is_stacked"] & any(KIND[piece] == "image" for piece in joined)               # (B,) top|bottom?
 
     mixed, allowed = dict(batch), maskable(task, batch)
     for piece in joined:
         if KIND[piece] == "image":
-            mixed[f"{piece}_tokens"] = join_images(first, second, is_stacked)                        # (B, G G)
-            is_first = first_half(batch[f"{piece}_tokens"].shape[1], is_stacked)                     # (1, G G)
-            is_own = is_first == is_own_first[:, None]                                               # (B, G G)
+            mixed[f"{piece}_tokens"] = batch[f"joined_{piece}_tokens"]                               # (B, G G)
+            is_own = first_half(batch[f"{piece}_tokens"].shape[1], is_stacked) == is_own_first[:, None]  # (B, G G)
         else:
+            both = {name: torch.stack([batch[name], batch[f"other_{name}"]])                         # (2, B, T), (2, B)
+                    for name in (f"{piece}_tokens", f"{piece}_lengths")}
+            first, second = ({name: x[(is_own_first == is_other).long(), own] for name, x in both.items()}
+                             for is_other in (False, True))
             tokens, lengths, is_first, is_second = join_texts(first, second, piece, cfg)
             mixed |= {f"{piece}_tokens": tokens, f"{piece}_lengths": lengths}                        # (B, T'), (B,)
             is_own = torch.where(is_own_first[:, None], is_first, is_second)                         # (B, T')
@@ -217,27 +220,14 @@ def mix(task: str, batch: Batch, rng: Rng, cfg) -> tuple[Batch, Masks, Tensor]:
     # In it2it the authors' code rounds the number of masked image tokens down.
     masks = sample_masks(allowed, rng, "mix", cfg, round_image_up=bool(TASKS[task].given))
     left, right, top, bottom = (Vocabulary(cfg).special(name) for name in ("LEFT", "RIGHT", "TOP", "BOTTOM"))
-    selector = torch.where(is_own_first, torch.where(is_stacked, top, left),
+    selects_first = rng("mix selector") < 0.5 if cfg.mixsel == "random" else is_own_first            # (B,)
+    selector = torch.where(selects_first, torch.where(is_stacked, top, left),
                            torch.where(is_stacked, bottom, right))                                   # (B,)
     return mixed, masks, selector
 
 
-def partners(uniform: Tensor) -> Tensor:
-    """Another row for each row, from uniform numbers (B,), B > 1: each takes its neighbour in a random ring."""
-    ring = uniform.argsort()                                                                         # (B,)
-    return ring.roll(1)[ring.argsort()]
-
-
-def join_images(first: Batch, second: Batch, is_stacked: Tensor) -> Tensor:
-    """Two squeezed images as one, (B, G G): the tall ones side by side, or the wide ones stacked if is_stacked (1,)."""
-    g = math.isqrt(2 * first["tall_tokens"].shape[1])
-    tall = [image["tall_tokens"].unflatten(1, (g, g // 2)) for image in (first, second)]             # (B, G, G/2) each
-    stacked = torch.cat([first["wide_tokens"], second["wide_tokens"]], dim=1)                        # (B, G G)
-    return torch.where(is_stacked[:, None], stacked, torch.cat(tall, dim=2).flatten(1))
-
-
 def first_half(num_image: int, is_stacked: Tensor) -> Tensor:
-    """True at the image positions of the left half, or of the top half if is_stacked (1,): (1, G G)."""
+    """True at the image positions of the left half, or of the top half if is_stacked (B,): (B, G G)."""
     g = math.isqrt(num_image)
     position = torch.arange(num_image, device=is_stacked.device)                                     # (G G,)
     return torch.where(is_stacked[:, None], position < num_image // 2, position % g < g // 2)

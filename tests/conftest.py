@@ -41,8 +41,11 @@ def batch(cfg) -> dict[str, torch.Tensor]:
     """Five random pairs, their captions of different lengths."""
     g = torch.Generator().manual_seed(1)
     return {"image_tokens": torch.randint(cfg.codebook_size, (5, cfg.image_tokens), generator=g),
-            "tall_tokens": torch.randint(cfg.codebook_size, (5, cfg.image_tokens // 2), generator=g),
-            "wide_tokens": torch.randint(cfg.codebook_size, (5, cfg.image_tokens // 2), generator=g),
+            "joined_image_tokens": torch.randint(cfg.codebook_size, (5, cfg.image_tokens), generator=g),
+            "is_first": torch.tensor([True, False, True, False, True]),
+            "is_stacked": torch.tensor([True, True, False, False, False]),
+            "other_text_tokens": torch.randint(cfg.text_vocab, (5, cfg.text_length), generator=g),
+            "other_text_lengths": torch.tensor([6, 5, 3, 2, 1]),
             "text_tokens": torch.randint(cfg.text_vocab, (5, cfg.text_length), generator=g),
             "text_lengths": torch.tensor([1, 2, 3, 5, 6])}
 

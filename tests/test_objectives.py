@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from nanomagvlt import objectives
 from nanomagvlt.model import MAGVLT
-from nanomagvlt.objectives import (first_half, join_images, join_texts, losses, masked_cross_entropy, maskable, mix,
-                                   partners, remask, run_pass, sample_masks, score_pass, total_loss)
+from nanomagvlt.objectives import (first_half, join_texts, losses, masked_cross_entropy, maskable, mix,
+                                   remask, run_pass, sample_masks, score_pass, total_loss)
 from nanomagvlt.sequence import SEPARATOR, SPECIAL_TOKENS, TASKS, Sequence, valid_mask
 
 WHOLE = dict(length_weight=0.01, unroll_mask=True, mixsel="select", mixsel_separators=1, text_vocab=100)
@@ -140,12 +140,14 @@ def test_padding_changes_neither_loss_nor_gradient(task, whole, batch, rng):
 @pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
 def test_columns_that_are_padding_in_every_row_may_be_left_out(task, whole, batch, rng):
     """Also of joined captions: nothing is cut there that would not be cut with them."""
-    whole.cfg.mixsel_separators, batch["text_lengths"] = 2, torch.tensor([1, 2, 2, 1, 2])
-    batch["text_tokens"].scatter_(1, batch["text_lengths"][:, None] - 1, whole.cfg.text_vocab - 1)       # end tokens
+    whole.cfg.mixsel_separators, end = 2, whole.cfg.text_vocab - 1
+    for text, lengths in (("text", [1, 2, 2, 1, 2]), ("other_text", [2, 2, 1, 1, 2])):
+        batch[f"{text}_lengths"] = torch.tensor(lengths)
+        batch[f"{text}_tokens"].scatter_(1, batch[f"{text}_lengths"][:, None] - 1, end)
 
     def same(purpose: str, *shape: int) -> torch.Tensor:  # numbers of a position, whatever the positions after it
         return rng(purpose, *[8] * len(shape))[(..., *map(slice, shape))]
-    short = batch | {"text_tokens": batch["text_tokens"][:, :2]}
+    short = batch | {f"{text}_tokens": batch[f"{text}_tokens"][:, :2] for text in ("text", "other_text")}
     (_, a), (_, b) = (losses(whole, task, x, same) for x in (batch, short))
     assert all(torch.allclose(a[name], b[name], rtol=1e-5) for name in a)
 
@@ -192,20 +194,28 @@ def test_length_counts_from_one_and_its_own_pass_does_not_show_it(length_pass, c
 
 # ---- UnrollMask
 
+@pytest.mark.parametrize("step", ["fresh", "next", "confident"])
 @pytest.mark.parametrize("task, everywhere", [("t2i", False), ("i2t", False), ("i2t", True)])
-def test_fewer_positions_are_masked_again_among_those_masked_before(task, everywhere, cfg):
+def test_fewer_positions_are_masked_again_among_those_masked_before(task, everywhere, step, cfg):
+    """fresh: gamma(r') of those masked before; next and confident: gamma(r + 1/K) of all; confident: the unlikeliest."""
     rows, n = 2000, 16
-    cfg.unroll_text = "all" if everywhere else "masked"
+    cfg.unroll_text, cfg.unroll_step, cfg.image_steps, cfg.text_steps = "all" if everywhere else "masked", step, 10, 10
     r = torch.arange(rows, dtype=torch.float64) / rows
     was = torch.rand(rows, n, generator=torch.Generator().manual_seed(0)).argsort(1).argsort(1) < (
         torch.arange(rows) % n + 1)[:, None]
     g, (piece,) = torch.Generator().manual_seed(1), TASKS[task].generates
     batch = {f"{piece}_tokens": torch.zeros(rows, n), "text_lengths": torch.full((rows,), n)}
-    again = remask(task, batch, {piece: was}, lambda purpose, *shape: torch.rand(rows, n, generator=g) if shape else r,
-                   cfg)[piece]
-    share = torch.cos(r * torch.pi / 2) if task == "t2i" else 1 - r
-    assert torch.equal(again.sum(1), (share * was.sum(1) + 1e-9).floor().clamp(min=1).long())
+    p = torch.rand(rows, n, generator=g)
+    again = remask(task, batch, {piece: was}, p, lambda purpose, *shape: torch.rand(rows, n, generator=g) if shape else
+                   r, cfg)[piece]
+    u = r if step == "fresh" else (r + 0.1).clamp(max=1)
+    share = torch.sin((1 - u) * torch.pi / 2) if task == "t2i" else 1 - u
+    count = (share * was.sum(1) + 1e-9).floor() if step == "fresh" else (share * n - 1e-9).ceil().minimum(was.sum(1))
+    assert torch.equal(again.sum(1), count.clamp(min=1).long())
     assert (again & ~was).any() == everywhere
+    if step == "confident":
+        allowed = torch.ones_like(was) if everywhere else was
+        assert (p.where(again, 0).amax(1) < p.where(allowed & ~again, 2).amin(1)).all()
 
 
 @pytest.mark.parametrize("text", ["masked", "all"])
@@ -227,6 +237,22 @@ def test_unroll_mask_sees_predictions_and_its_targets_are_the_originals(task, te
     if not (task == "i2t" and text == "all"):
         assert not (unrolled["masked"] & ~main["masked"]).any()
     assert not (unrolled["masked"] & ~seen[0].is_valid[:, seen[0].slices[piece]]).any()
+
+
+def test_guesses_are_drawn_at_their_temperature_among_the_likeliest(whole, batch, rng, monkeypatch):
+    """At a high temperature all of the top k come, and no other token."""
+    whole.cfg.unroll_top_k, whole.cfg.unroll_temperature, whole.cfg.mixsel = 3, 100.0, "off"
+    seen, ranks = watched(whole, monkeypatch), set()
+    for number in torch.arange(0.05, 1, 0.1):
+        losses(whole, "t2i", batch, lambda purpose, *shape: torch.full((5, *shape), float(number))
+               if purpose == "unroll guesses" else rng(purpose, *shape))
+        main, unrolled = seen[-2:]
+        logits = whole.logits(whole(main)[:, main.slices["image"]], "image")                          # (B, N, V)
+        rank = (-logits).argsort(-1).argsort(-1).gather(-1, unrolled.token_ids[:, main.slices["image"], None].clamp(
+            max=whole.cfg.codebook_size - 1))[..., 0]
+        ranks |= set(rank[main.is_masked[:, main.slices["image"]] & ~unrolled.is_masked[:, main.slices["image"]]].tolist())
+        del seen[-1]
+    assert ranks == {0, 1, 2}
 
 
 def test_predictions_are_drawn_not_the_most_likely(whole, batch, rng, monkeypatch):
@@ -251,20 +277,9 @@ def test_no_gradient_flows_through_the_predictions(task, whole, batch, rng, monk
 
 # ---- MixSel
 
-def test_no_sample_is_mixed_with_itself():
-    for size in (2, 3, 8):
-        for seed in range(50):
-            other = partners(torch.rand(size, generator=torch.Generator().manual_seed(seed)))
-            assert sorted(other.tolist()) == list(range(size)) and (other != torch.arange(size)).all()
-
-
-def test_joined_images_by_hand():
-    first = {"tall_tokens": torch.tensor([[1, 2]]), "wide_tokens": torch.tensor([[3, 4]])}            # G = 2
-    second = {"tall_tokens": torch.tensor([[5, 6]]), "wide_tokens": torch.tensor([[7, 8]])}
-    assert join_images(first, second, torch.tensor([False])).tolist() == [[1, 5, 2, 6]]
-    assert join_images(first, second, torch.tensor([True])).tolist() == [[3, 4, 7, 8]]
-    assert first_half(16, torch.tensor([False])).view(4, 4).tolist() == [[True, True, False, False]] * 4
-    assert first_half(16, torch.tensor([True])).view(4, 4).tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
+def test_halves_by_hand():
+    halves = first_half(16, torch.tensor([False, True])).view(2, 4, 4).tolist()
+    assert halves == [[[True, True, False, False]] * 4, [[True] * 4] * 2 + [[False] * 4] * 2]
 
 
 @pytest.mark.parametrize("separators", [1, 2])
@@ -292,36 +307,38 @@ def test_joined_texts_equal_those_joined_word_by_word(separators, cfg):
         assert len(a) >= min(pairs[i][0], half) and len(b) >= min(pairs[i][1], half)
 
 
-@pytest.mark.parametrize("direction", [0.1, 0.9])
 @pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
-def test_the_selector_selects_the_context_of_the_target(task, direction, whole, batch, rng, monkeypatch):
-    """Every caption and image of the batch has tokens of its own, which tell where it is."""
-    cfg, seen = whole.cfg, watched(whole, monkeypatch)
-    own = torch.arange(5)[:, None]
-    batch = {"image_tokens": own.repeat(1, 4), "tall_tokens": own.repeat(1, 2), "wide_tokens": own.repeat(1, 2),
-             "text_tokens": own.repeat(1, 6), "text_lengths": torch.tensor([6, 6, 6, 6, 6])}          # no end tokens
-    losses(whole, task, batch, lambda purpose, *shape: torch.full((5,), direction) if purpose == "mix direction"
-           else rng(purpose, *shape))
+def test_the_selector_selects_the_context_of_the_target(task, whole, batch, rng, monkeypatch):
+    """Sample i has tokens i, its partner tokens 6: they tell where each is. G = 2."""
+    cfg, seen, own = whole.cfg, watched(whole, monkeypatch), torch.arange(5)[:, None]
+    first, second = torch.where(batch["is_first"], own.T, 6).T, torch.where(batch["is_first"], 6, own.T).T    # (B, 1)
+    joined = torch.where(batch["is_stacked"][:, None], torch.cat([first, first, second, second], 1),
+                         torch.cat([first, second] * 2, 1))
+    full = torch.tensor([6] * 5)                                                                      # no end tokens
+    losses(whole, task, {**batch, "image_tokens": own.repeat(1, 4), "joined_image_tokens": joined,
+                         "text_tokens": own.repeat(1, 6), "text_lengths": full,
+                         "other_text_tokens": torch.full((5, 6), 6), "other_text_lengths": full}, rng)
     seq = seen[-1]
     image = torch.where(seq.is_masked, -1, seq.token_ids)[:, seq.slices["image"]].view(5, 2, 2)
     text = torch.where(seq.is_masked, -1, seq.token_ids - cfg.codebook_size)[:, seq.slices["text"]]
     for i in range(5):
         selector = SPECIAL_TOKENS[int(seq.token_ids[i, seq.bog]) - whole.vocab.tokens["text"].stop]
         is_first, is_stacked = selector in ("LEFT", "TOP"), selector in ("TOP", "BOTTOM")
-        assert is_stacked == (direction < 0.5 and task != "t2i")
+        assert is_first == batch["is_first"][i] and is_stacked == (batch["is_stacked"][i] and task != "t2i")
         halves = image[i] if is_stacked else image[i].T
         chosen, others = halves[0 if is_first else 1], halves[1 if is_first else 0]
         words = (text[i, :2], text[i, 3:5])
         if task == "i2t":
-            assert (chosen == i).all() and (others != i).all() and set(text[i].tolist()) <= {-1, i}
+            assert (chosen == i).all() and (others == 6).all() and set(text[i].tolist()) <= {-1, i}
+        else:
+            own_words, other_words = words[0 if is_first else 1], words[1 if is_first else 0]
+            assert set(own_words.tolist()) <= ({i} if task == "t2i" else {-1, i}) and (other_words == 6).all()
+            assert text[i, 2] == SEPARATOR
         if task == "t2i":
-            assert (words[0 if is_first else 1] == i).all() and (words[1 if is_first else 0] != i).all()
-            assert text[i, 2] == SEPARATOR and set(image[i].flatten().tolist()) <= {-1, i}
+            assert set(image[i].flatten().tolist()) <= {-1, i}
         if task == "it2it":
-            assert (chosen == -1).any() and set(chosen.tolist()) <= {-1, i} and (others != i).all()
-            assert not (others == -1).any()
-            assert set(words[0 if is_first else 1].tolist()) <= {-1, i} and (words[1 if is_first else 0] >= 0).all()
-            assert text[i, 2] == SEPARATOR and text[i, 5] == cfg.text_vocab - 1
+            assert (chosen == -1).any() and set(chosen.tolist()) <= {-1, i} and (others == 6).all()
+            assert text[i, 5] == cfg.text_vocab - 1
 
 
 def test_of_half_an_image_the_floor_is_masked(whole, batch, rng):
@@ -333,25 +350,12 @@ def test_of_half_an_image_the_floor_is_masked(whole, batch, rng):
         assert (masks["image"].sum(1) == max(1, math.floor(n * math.cos(math.pi / 2 * r)))).all()
 
 
-def test_mixrandom_has_the_same_mixes_without_a_selector(whole, batch, rng, monkeypatch):
-    seen, mixes = watched(whole, monkeypatch), []
-    for whole.cfg.mixsel in ("select", "random"):
-        losses(whole, "i2t", batch, rng)
-        mixes.append(seen[-1])
-    differs = mixes[0].token_ids != mixes[1].token_ids
-    assert differs.sum() == 5 and (mixes[1].token_ids[differs] == whole.vocab.special("BOG")).all()
-    assert torch.equal(mixes[0].is_masked, mixes[1].is_masked)
-
-
-@pytest.mark.parametrize("task", ["t2i", "i2t", "it2it"])
-def test_swapping_the_two_contexts_and_the_selector_keeps_the_targets(task, whole, batch, rng):
-    """With everything masked that may be: the same tokens are predicted on either side."""
-    cfg, found = dataclasses.replace(whole.cfg, it2it_ratio="same"), []
-    for side in (0.1, 0.9):
-        fixed = {"mix side": torch.full((5,), side), "mix r": torch.zeros(5)}
-        mixed, masks, selector = mix(task, batch, lambda purpose, *shape: fixed.get(purpose, rng(purpose, *shape)), cfg)
-        found.append({piece: [mixed[f"{piece}_tokens"][i][mask[i]].tolist() for i in range(5)]
-                      for piece, mask in masks.items()})
-        names = {SPECIAL_TOKENS[i - whole.vocab.tokens["text"].stop] for i in selector.tolist()}
-        assert names <= ({"LEFT", "TOP"} if side < 0.5 else {"RIGHT", "BOTTOM"})
-    assert found[0] == found[1]
+def test_mixrandom_has_the_same_mixes_and_a_selector_that_says_nothing(whole, batch, rng):
+    (mixed, masks, selector), (random_mixed, random_masks, drawn) = (
+        mix("i2t", batch, rng, dataclasses.replace(whole.cfg, mixsel=mixsel)) for mixsel in ("select", "random"))
+    assert all(torch.equal(mixed[name], random_mixed[name]) for name in mixed)
+    assert torch.equal(masks["text"], random_masks["text"])
+    names = [[SPECIAL_TOKENS[i - whole.vocab.tokens["text"].stop] for i in ids.tolist()] for ids in (selector, drawn)]
+    expected = [{True: ("LEFT", "TOP"), False: ("RIGHT", "BOTTOM")}[u < 0.5] for u in rng("mix selector").tolist()]
+    assert all(name in either for name, either in zip(names[1], expected)) and names[0] != names[1]
+    assert [name in ("TOP", "BOTTOM") for name in names[1]] == batch["is_stacked"].tolist()

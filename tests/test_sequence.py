@@ -64,7 +64,8 @@ def test_a_second_text_has_positions_of_its_own_and_trains_like_the_first(cfg, b
     monkeypatch.setitem(KIND, "question", "text")
     monkeypatch.setitem(TASKS, "q2t", Task(("BOC", "BOT", "question", "BOG", "BOT", "text"), ("text",), True, "text"))
     cfg = dataclasses.replace(cfg, task_weights={"q2t": 1.0}, unroll_mask=True, mixsel="select", text_vocab=100)
-    batch = batch | {"question_tokens": batch["text_tokens"].flip(0), "question_lengths": batch["text_lengths"].flip(0)}
+    batch |= {f"{name}question_{what}": batch[f"{name}text_{what}"].flip(0)
+              for name in ("", "other_") for what in ("tokens", "lengths")}
     seq = build("q2t", cfg, batch)
     assert seq.position_ids.unique().numel() == seq.token_ids.shape[1] == 6 + 6 + 4
     assert seq.position_ids.max() < Vocabulary(cfg).num_positions == 2 * (4 + 6) + 4 + (4 + 6)

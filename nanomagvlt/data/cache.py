@@ -1,7 +1,8 @@
 """Chapter 12 - From pairs to the token cache, and from the cache to batches.
 
 Training reads one format, the token cache: image tokens and captions, both memory-mapped. Images are tokenised once,
-by the VQ-GAN. Captions are stored as text and tokenised in each batch, because BPE dropout differs each time.
+by the VQ-GAN. Captions are stored as text and tokenised in each batch, because BPE dropout differs each time. For MixSel
+each view of an image has a fixed partner, and their two joined pictures are tokenised, too (see group_rows()).
 
 A large cache is made in parts: make_parts() turns each piece of a source into a file, unless the file exists, and
 join_parts() joins these files into one cache.
@@ -25,10 +26,11 @@ from tqdm import tqdm
 from nanomagvlt.tokenizers.bpe import BPE, clean_caption
 from nanomagvlt.rng import keyed_generator, keyed_seed
 from nanomagvlt.io import read_arrays, whole, write_arrays, write_json
-from nanomagvlt.data.sources import Counts, Pair, Piece, as_pairs, check_bad_share, count, usable
+from nanomagvlt.data.sources import Counts, Example, Piece, as_example, check_bad_share, count, usable
 
-CACHE_FILES = ("tokens.bin", "captions.bin", "caption_ends.bin", "meta.json")
+CACHE_FILES = ("tokens.bin", "captions.bin", "caption_ends.bin", "partners.bin", "views.bin", "meta.json")
 CACHE_SETTINGS = ("vqgan", "clean_captions", "fit", "made_of")  # in meta.json: hashes of the VQ-GAN and of the source
+GROUP = 64  # examples among which partners are found; even, so that none of a whole group is its own
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
@@ -44,9 +46,10 @@ def to_images(pixels: torch.Tensor) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- the token cache
 
 class TokenCache:
-    """A folder with one row per pair. Raises ValueError for a folder that is not a whole token cache.
+    """A folder with one row per pair of a view and a caption. Raises ValueError for a folder that is not a whole cache.
 
-    A row of tokens.bin has N tokens of the image, then N/2 of the image squeezed tall, then N/2 of it squeezed wide.
+    A row of tokens.bin has N tokens of the view, then N of a picture that joins the image with its partner's: side by
+    side in the row of the one that stands first, LEFT and TOP; one above the other in the row of the second.
     """
 
     def __init__(self, folder: Path):
@@ -56,6 +59,10 @@ class TokenCache:
             self.tokens = np.memmap(folder / "tokens.bin", np.uint16, "r", shape=(pairs, 2 * num_tokens))
             self.ends = np.memmap(folder / "caption_ends.bin", np.int64, "r", shape=(pairs,))
             self.text = np.memmap(folder / "captions.bin", np.uint8, "r", shape=(int(self.ends[-1]),))
+            self.partners = np.memmap(folder / "partners.bin", np.int32, "r", shape=(pairs,))  # rows from here to there
+            self.views = np.memmap(folder / "views.bin", np.uint8, "r", shape=(pairs,))        # 0, 1, ... of an image
+            self.num_views = int(self.views.max()) + 1
+            self.by_view = self.views.argsort(kind="stable") if self.num_views > 1 else None            # all rows
         except (OSError, ValueError, KeyError, TypeError) as error:
             missing = f"its meta.json lacks {error}, it is of another version" if isinstance(error, KeyError) else error
             raise ValueError(f"{folder}: no whole token cache ({missing}); make it with data/prepare.py") from None
@@ -63,10 +70,14 @@ class TokenCache:
     def __len__(self) -> int:
         return self.meta["pairs"]
 
-    def tokens_of(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The tokens of rows (B,), long: of the images (B, N), of the tall ones (B, N/2), of the wide ones (B, N/2)."""
-        n = self.meta["image_tokens"]
-        return torch.from_numpy(self.tokens[rows].astype(np.int64)).split((n, n // 2, n // 2), dim=1)
+    def tokens_of(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of rows (B,): of the views (B, N) and of the joined pictures (B, N), long."""
+        return torch.from_numpy(self.tokens[rows].astype(np.int64)).split(self.meta["image_tokens"], dim=1)
+
+    def rows_of_step(self, step: int, batch_size: int, seed: int) -> np.ndarray:
+        """The rows (B,) of an update's batch: each epoch has one view of each image, and the next epoch the next."""
+        rows = rows_of_step(step, batch_size, len(self) // self.num_views, seed, self.num_views)
+        return rows if self.by_view is None else self.by_view[rows]
 
     def captions(self, rows: Iterable[int]) -> list[str]:
         """The captions of rows (B,)."""
@@ -76,35 +87,53 @@ class TokenCache:
 
 class Rows(NamedTuple):
     """Rows of a cache in memory."""
-    tokens: np.ndarray  # uint16 (B, 2N)
-    text: np.ndarray    # uint8: the captions in UTF-8, joined
-    sizes: np.ndarray   # int64 (B,): the bytes of each caption
+    tokens: np.ndarray    # uint16 (B, 2N)
+    text: np.ndarray      # uint8: the captions in UTF-8, joined
+    sizes: np.ndarray     # int64 (B,): the bytes of each caption
+    partners: np.ndarray  # int32 (B,)
+    views: np.ndarray     # uint8 (B,)
 
 
 @torch.inference_mode()
-def encode_images(images: list[np.ndarray], vqgan) -> torch.Tensor:
-    """The tokens (B, N) of B images. An array that occurs several times is encoded once."""
-    once = {id(image): image for image in images}  # the captions and crops of a sample share arrays
-    pixels = to_pixels(np.stack(list(once.values()))).to(vqgan.quantize.embedding.weight.device)
-    index = list(once).index
-    return vqgan.encode(pixels)[[index(id(image)) for image in images]].cpu()
+def encode_images(images: list[np.ndarray], vqgan) -> np.ndarray:
+    """The tokens of M images, uint16 (M, N)."""
+    device = vqgan.quantize.embedding.weight.device
+    return np.concatenate([vqgan.encode(to_pixels(np.stack(images[i:i + GROUP])).to(device)).cpu().numpy()
+                           for i in range(0, len(images), GROUP)]).astype(np.uint16)
 
 
-def tokenise(pairs: Iterable[Pair], vqgan, clean: bool) -> Iterator[Rows]:
-    """The rows of pairs, at most 64 at a time. With `clean`, captions pass through clean_caption()."""
-    pairs = iter(pairs)
-    while batch := list(islice(pairs, 64)):
-        _, squares, tall, wide, captions = zip(*batch)
-        tokens = torch.cat([encode_images(images, vqgan) for images in (squares, tall, wide)], dim=1)    # (B, 2N)
-        captions = [clean_caption(caption) if clean else caption for caption in captions]
-        captions = [caption.encode("utf-8", errors="replace") for caption in captions]  # a lone surrogate has no UTF-8
-        yield Rows(tokens.numpy().astype(np.uint16), np.frombuffer(b"".join(captions), np.uint8),
-                   np.array([len(caption) for caption in captions], dtype=np.int64))
+def tokenise(examples: Iterable[Example], vqgan, clean: bool) -> Iterator[Rows]:
+    """The rows of examples, a group at a time. With `clean`, captions pass through clean_caption()."""
+    examples = iter(examples)
+    while group := list(islice(examples, GROUP)):
+        yield group_rows([example._replace(captions=[clean_caption(caption) if clean else caption
+                                                     for caption in example.captions]) for example in group], vqgan)
 
 
-def write_cache(folder: Path, pairs: Iterable[Pair], vqgan, meta: dict) -> TokenCache:
-    """Makes a TokenCache of pairs, whole or absent. `meta` has CACHE_SETTINGS, and more."""
-    return _write_rows(folder, tokenise(pairs, vqgan, meta["clean_captions"]), meta)
+def group_rows(group: list[Example], vqgan) -> Rows:
+    """The rows of a group of n examples: of each example for each view, and of each view for each caption.
+
+    The partner of view v of example i is view v of example (2 v + 1 - i) mod n: it is another one for each view, and i
+    is the partner of its partner. (If n is odd, one is its own.) The k-th caption meets the k-th of the partner.
+    """
+    n, num_views = len(group), len(group[0].views)
+    views = [(i, v, (2 * v + 1 - i) % n) for i in range(n) for v in range(num_views)]  # example, view, partner
+    joined = [np.concatenate([group[i].tall, group[j].tall], axis=1) if i <= j else
+              np.concatenate([group[j].wide, group[i].wide], axis=0) for i, _, j in views]
+    tokens = np.concatenate([encode_images([group[i].views[v] for i, v, _ in views], vqgan),
+                             encode_images(joined, vqgan)], axis=1)                                  # (n views, 2N)
+    captions = [len(example.captions) for example in group]
+    first = np.cumsum([0, *captions]) * num_views  # the first row of each example
+    rows = [(m, i, v, j, k) for m, (i, v, j) in enumerate(views) for k in range(captions[i])]
+    partners = [first[j] + v * captions[j] + k % captions[j] - row for row, (_, _, v, j, k) in enumerate(rows)]
+    text = [group[i].captions[k].encode("utf-8", errors="replace") for _, i, _, _, k in rows]  # no lone surrogates
+    return Rows(tokens[[m for m, *_ in rows]], np.frombuffer(b"".join(text), np.uint8), np.array([*map(len, text)]),
+                np.array(partners, np.int32), np.array([v for _, _, v, _, _ in rows], np.uint8))
+
+
+def write_cache(folder: Path, examples: Iterable[Example], vqgan, meta: dict) -> TokenCache:
+    """Makes a TokenCache of examples, whole or absent. `meta` has CACHE_SETTINGS, and more."""
+    return _write_rows(folder, tokenise(examples, vqgan, meta["clean_captions"]), meta)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -119,10 +148,10 @@ def _write_rows(folder: Path, many_rows: Iterable[Rows], meta: dict) -> TokenCac
     folder.mkdir(parents=True, exist_ok=True)
     num_pairs = end = num_tokens = 0
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(whole(folder / name)) for name in CACHE_FILES[:3]]
+        files = [stack.enter_context(whole(folder / name)) for name in CACHE_FILES[:-1]]
         for rows in many_rows:
             num_pairs, num_tokens = num_pairs + len(rows.tokens), rows.tokens.shape[1] // 2
-            for file, values in zip(files, (rows.tokens, rows.text, end + np.cumsum(rows.sizes))):
+            for file, values in zip(files, rows._replace(sizes=end + np.cumsum(rows.sizes))):
                 file.write(values.tobytes())
             end += int(rows.sizes.sum())
         (folder / "meta.json").unlink(missing_ok=True)  # without it there is no cache, until the new one is whole
@@ -151,12 +180,11 @@ def make_parts(paths: list[Path], pieces: list[Piece], vqgan, settings: dict, sh
 
 def write_part(path: Path, piece: Piece, vqgan, settings: dict, bar: tqdm) -> None:
     """Tokenises a piece into a file, whole or absent; settings has crops, seed, fit and clean_captions."""
-    counts, no_tokens = {}, np.empty((0, 2 * vqgan.cfg.image_tokens), np.uint16)
-    many_rows = [Rows(no_tokens, np.empty(0, np.uint8), np.empty(0, np.int64))]  # for a piece without a good sample
-    pairs = (pair for sample in usable(piece, counts)
-             for pair in as_pairs(*sample, vqgan.cfg.image_size, settings["crops"], settings["seed"],
-                                  settings["fit"]))
-    for rows in tokenise(pairs, vqgan, settings["clean_captions"]):
+    counts, none = {}, np.empty(0, np.uint8)
+    many_rows = [Rows(none.reshape(0, 2 * vqgan.cfg.image_tokens), *[none] * 4)]  # for a piece without a good sample
+    examples = (as_example(*sample, vqgan.cfg.image_size, settings["fit"], settings["crops"], settings["seed"])
+                for sample in usable(piece, counts))
+    for rows in tokenise(examples, vqgan, settings["clean_captions"]):
         many_rows.append(rows)
         bar.update(len(rows.tokens))
     rows = Rows(*map(np.concatenate, zip(*many_rows)))
@@ -202,13 +230,16 @@ def _permutation(num_items: int, seed: int, epoch: int) -> np.ndarray:
     return torch.randperm(num_items, generator=keyed_generator(seed, "epoch", epoch)).numpy()
 
 
-def rows_of_step(step: int, batch_size: int, num_items: int, seed: int) -> np.ndarray:
-    """The rows (B,) of an update's batch. Every row comes once per epoch, and each epoch has its own order."""
+def rows_of_step(step: int, batch_size: int, num_items: int, seed: int, num_views: int = 1) -> np.ndarray:
+    """The rows (B,) of an update's batch. Every row comes once per epoch, and each epoch has its own order.
+
+    With num_views there are so many rows of each item, view by view, and an epoch has one view of all: the next epoch
+    has the next."""
     position = np.arange(step * batch_size, (step + 1) * batch_size)  # (B,)
     epoch, offset = position // num_items, position % num_items       # (B,), (B,)
-    rows = np.empty_like(position)
+    rows = epoch % num_views * num_items                              # (B,)
     for e in np.unique(epoch):
-        rows[epoch == e] = _permutation(num_items, seed, int(e))[offset[epoch == e]]
+        rows[epoch == e] += _permutation(num_items, seed, int(e))[offset[epoch == e]]
     return rows
 
 
@@ -222,10 +253,23 @@ def encode_captions(bpe: BPE, captions: list[str], text_length: int, dropout: fl
 
 def make_batch(cache: TokenCache, bpe: BPE, rows: np.ndarray, cfg, dropout: float = 0.0,
                key: tuple = ()) -> dict[str, torch.Tensor]:
-    """A batch of rows (B,): image_tokens (B, N), tall_tokens and wide_tokens (B, N/2), text_tokens (B, T) and
-    text_lengths (B,). T is the longest caption of the batch, rounded up to a multiple of cfg.text_bucket."""
-    image_tokens, tall_tokens, wide_tokens = cache.tokens_of(rows)
-    text_tokens, text_lengths = encode_captions(bpe, cache.captions(rows), cfg.text_length, dropout, key)
-    length = -(-int(text_lengths.max()) // cfg.text_bucket) * cfg.text_bucket
-    return {"image_tokens": image_tokens, "tall_tokens": tall_tokens, "wide_tokens": wide_tokens,
-            "text_tokens": text_tokens[:, :length], "text_lengths": text_lengths}
+    """A batch of rows (B,): image_tokens (B, N), text_tokens (B, T) and text_lengths (B,). T is the longest caption of
+    the batch, rounded up to a multiple of cfg.text_bucket.
+
+    For MixSel also joined_image_tokens (B, N), one of the two pictures that join the image with its partner's, drawn by
+    key; is_stacked (B,), whether it is top|bottom; is_first (B,), whether the own image is left or top; and the
+    partner's caption, other_text_tokens (B, T) and other_text_lengths (B,)."""
+    batch, captions_of = {"image_tokens": cache.tokens_of(rows)[0]}, {"text": rows}
+    if cfg.mixsel != "off":
+        partners = rows + cache.partners[rows]                                                       # (B,)
+        drawn = torch.rand(len(rows), generator=keyed_generator(*key, "picture")).numpy() < 0.5      # (B,)
+        pictures = np.where(drawn, rows, partners)                                                   # (B,)
+        batch |= {"joined_image_tokens": cache.tokens_of(pictures)[1], "is_first": torch.from_numpy(rows <= partners),
+                  "is_stacked": torch.from_numpy(cache.partners[pictures] < 0)}
+        captions_of["other_text"] = partners
+    for name, of in captions_of.items():
+        batch[f"{name}_tokens"], batch[f"{name}_lengths"] = encode_captions(
+            bpe, cache.captions(of), cfg.text_length, dropout, key if name == "text" else (*key, name))
+    longest = max(int(batch[f"{name}_lengths"].max()) for name in captions_of)
+    length = -(-longest // cfg.text_bucket) * cfg.text_bucket
+    return batch | {f"{name}_tokens": batch[f"{name}_tokens"][:, :length] for name in captions_of}

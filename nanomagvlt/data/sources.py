@@ -7,7 +7,7 @@ A source of pairs is one string. Several sources are written with commas between
                                .tar files, or a quoted pattern, 'shards/*.tar' or 'shards/{00000..00331}.tar'
   coco:CAPTIONS.json:IMAGES/   COCO's captions_*.json or Karpathy's dataset_coco.json; one pair per caption
 
-    source --pieces_of--> pieces --usable--> captions and images --as_pairs--> pairs
+    source --pieces_of--> pieces --usable--> captions and images --as_example--> examples
 
 A piece is a shard or ten thousand images: a share of the source that is read without the rest. Hostile input is met
 here and nowhere else: an image is recognised by its content, its size is checked before it is decoded, and nothing is
@@ -69,13 +69,13 @@ class Piece(NamedTuple):
     load: Callable[..., Sample]
 
 
-class Pair(NamedTuple):
-    """An image and a caption. MixSel joins two images that are squeezed to half the width or half the height."""
+class Example(NamedTuple):
+    """A sample as training reads it. MixSel joins two images that are squeezed to half the width or half the height."""
     key: str
-    image: np.ndarray  # uint8 (S, S, 3)
-    tall: np.ndarray   # uint8 (S, S/2, 3): the whole image
-    wide: np.ndarray   # uint8 (S/2, S, 3): the whole image
-    caption: str
+    captions: list[str]
+    views: list[np.ndarray]  # uint8 (S, S, 3): the image made square, or random crops of it
+    tall: np.ndarray         # uint8 (S, S/2, 3): the whole image
+    wide: np.ndarray         # uint8 (S/2, S, 3): the whole image
 
 
 class CaptionedImage(NamedTuple):
@@ -86,7 +86,7 @@ class CaptionedImage(NamedTuple):
     captions: list[str]
 
 
-# ---------------------------------------------------------------------------------------------- images and pairs
+# ---------------------------------------------------------------------------------------------- images and examples
 
 def open_image(data: bytes) -> Image.Image:
     """The upright RGB image in the bytes of a file, with transparent parts white. Raises BadSample."""
@@ -134,12 +134,12 @@ def random_crop(image: Image.Image, side: int, rng: random.Random) -> np.ndarray
     return np.asarray(scaled.crop((x, y, x + side, y + side)))
 
 
-def read_pairs(source: str, pieces: list[Piece], image_size: int, counts: Counts, fit: str = "crop") -> Iterator[Pair]:
-    """The usable pairs of a source, of which these are the pieces, always in the same order. counts gains the number of
+def read_examples(source: str, pieces: list[Piece], side: int, counts: Counts, fit: str = "crop") -> Iterator[Example]:
+    """The examples of a source, of which these are the pieces, always in the same order. counts gains the number of
     samples under "good", and of all else under the reason. Raises ValueError if there are too many bad samples."""
     for piece in pieces:
         for sample in usable(piece, counts):
-            yield from as_pairs(*sample, image_size, fit=fit)
+            yield as_example(*sample, side, fit)
     check_bad_share(source, counts)
 
 
@@ -161,15 +161,13 @@ def count(counts: Counts, reason: str, name: str, number: int = 1) -> None:
     counts[reason] = before + number, first
 
 
-def as_pairs(key: str, captions: list[str], image: Image.Image, side: int, crops: int = 0, seed: int = 0,
-             fit: str = "crop") -> Iterator[Pair]:
-    """A pair for each caption of each view of an image: all of it, or `crops` random crops by seed and key."""
+def as_example(key: str, captions: list[str], image: Image.Image, side: int, fit: str = "crop", crops: int = 0,
+               seed: int = 0) -> Example:
+    """An example with one view, square(image), or with `crops` random crops by seed and key."""
     half = side // 2
     tall, wide = (np.asarray(image.resize(size, Image.Resampling.LANCZOS)) for size in ((half, side), (side, half)))
     views = [random_crop(image, side, random.Random(keyed_seed(seed, "crop", key, i))) for i in range(crops)]
-    for view in views or [square(image, side, fit)]:
-        for caption in captions:
-            yield Pair(key, view, tall, wide, caption)
+    return Example(key, captions, views or [square(image, side, fit)], tall, wide)
 
 
 def check_bad_share(source: str, counts: Counts) -> None:

@@ -71,9 +71,11 @@ def count_flops(call: Callable) -> int:
 def empty_losses(cfg: Config, task: str, pairs: int) -> tuple[MAGVLT, Callable[[], torch.Tensor]]:
     """Inside a FakeTensorMode: a model, and a function that computes its loss on pairs without content."""
     model, n, t = MAGVLT(cfg), cfg.image_tokens, cfg.text_length
-    sizes = {"tall_tokens": (n // 2,), "wide_tokens": (n // 2,)} | {f"{piece}_lengths": () for piece in KIND}
+    sizes = {"joined_image_tokens": (n,), "other_text_tokens": (t,), "other_text_lengths": ()}
+    sizes |= {f"{piece}_lengths": () for piece in KIND}
     sizes |= {f"{piece}_tokens": (n if kind == "image" else t,) for piece, kind in KIND.items()}
     batch = {name: torch.zeros(pairs, *size, dtype=torch.long) for name, size in sizes.items()}
+    batch |= {name: torch.zeros(pairs, dtype=torch.bool) for name in ("is_first", "is_stacked")}
     return model, lambda: method_of(cfg).losses(model, task, batch, lambda _, *shape: torch.rand(pairs, *shape))[0]
 
 
@@ -126,15 +128,15 @@ class RandomPairs:
     """Replaces a TokenCache: random image tokens, and captions that fill all text positions."""
 
     def __init__(self, cfg: Config):
-        self.cfg = cfg
+        self.cfg, self.partners = cfg, np.broadcast_to(np.int32(1), 2 ** 40)
 
-    def __len__(self) -> int:
-        return 100_000
+    def rows_of_step(self, step: int, batch_size: int, seed: int) -> np.ndarray:
+        return np.arange(step * batch_size, (step + 1) * batch_size)
 
     def tokens_of(self, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
         n = self.cfg.image_tokens
         tokens = np.random.default_rng(rows.tolist()).integers(self.cfg.codebook_size, size=(len(rows), 2 * n))
-        return torch.from_numpy(tokens).split((n, n // 2, n // 2), dim=1)
+        return torch.from_numpy(tokens).split(n, dim=1)
 
     def captions(self, rows: np.ndarray) -> list[str]:
         return ["a " * self.cfg.text_length] * len(rows)

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from nanomagvlt.config import Config
-from nanomagvlt.data.cache import Pair, rows_of_step, to_pixels
+from nanomagvlt.data.cache import Example, rows_of_step, to_pixels
 from nanomagvlt.io import one_line_error
 from nanomagvlt.model import num_parameters
 from nanomagvlt.rng import keyed_generator, keyed_seed
@@ -30,12 +30,12 @@ DISCRIMINATOR_WIDTH = 64   # channels of its first layer
 DISCRIMINATOR_RAMP = 200   # updates in which the weight of the adversarial loss rises from 0 to 1
 
 
-def train_vqgan(cfg: Config, pairs: Iterable[Pair], path: Path, device: torch.device) -> VQGAN:
-    """Trains a VQ-GAN on the images of the pairs and returns it in evaluation mode. Resumes from path if it exists."""
+def train_vqgan(cfg: Config, examples: Iterable[Example], path: Path, device: torch.device) -> VQGAN:
+    """Trains a VQ-GAN on the images of the examples and returns it in evaluation mode. Resumes from path if it exists."""
     torch.manual_seed(keyed_seed(cfg.seed, "vqgan weights"))
     trainer = VQGANTrainer(cfg, device)
     step = trainer.load(path) if path.exists() else 0
-    images = vqgan_images(cfg, pairs)                                                                # (n, S, S, 3)
+    images = vqgan_images(cfg, examples)                                                                # (n, S, S, 3)
     print(f"vqgan: {num_parameters(trainer.vqgan):,} parameters, {len(images):,} images"
           + (f", going on at step {step}" if step else ""))
     log = Log(path.parent / "vqgan_log.jsonl", step)
@@ -56,15 +56,15 @@ def train_vqgan(cfg: Config, pairs: Iterable[Pair], path: Path, device: torch.de
     return trainer.vqgan
 
 
-def vqgan_images(cfg: Config, pairs: Iterable[Pair]) -> np.ndarray:
-    """The images that train the VQ-GAN, uint8 (n, S, S, 3): those of the first `vq_images` pairs, then joined ones.
+def vqgan_images(cfg: Config, examples: Iterable[Example]) -> np.ndarray:
+    """The images that train the VQ-GAN, uint8 (n, S, S, 3): those of the first `vq_images` examples, then joined ones.
     MixSel trains the transformer on joined images, so the VQ-GAN must learn them: a share `vq_mixed` of the images is
     squeezed and joined with the next image, half of them left|right, half top|bottom."""
-    pairs = list(islice(pairs, cfg.vq_images))
-    mixed = pairs[:round(cfg.vq_mixed * len(pairs))]
+    examples = list(islice(examples, cfg.vq_images))
+    mixed = examples[:round(cfg.vq_mixed * len(examples))]
     joined = [np.concatenate([a.tall, b.tall], 1) if i % 2 else np.concatenate([a.wide, b.wide], 0)
-              for i, (a, b) in enumerate(zip(mixed, mixed[1:] + pairs[:1]))]
-    return np.stack([pair.image for pair in pairs] + joined)
+              for i, (a, b) in enumerate(zip(mixed, mixed[1:] + examples[:1]))]
+    return np.stack([example.views[0] for example in examples] + joined)
 
 
 class VQGANTrainer:

@@ -17,7 +17,7 @@ import torch
 
 from nanomagvlt import argvlt, objectives
 from nanomagvlt.config import Config
-from nanomagvlt.data.cache import TokenCache, make_batch, rows_of_step
+from nanomagvlt.data.cache import TokenCache, make_batch
 from nanomagvlt.model import MAGVLT
 from nanomagvlt.rng import batch_uniform, keyed_generator, keyed_seed
 from nanomagvlt.sequence import TASKS
@@ -61,7 +61,7 @@ class Parts:
 
     def make(self, step: int) -> list[tuple[slice, dict[str, torch.Tensor]]]:
         cfg, size = self.cfg, self.size
-        rows = rows_of_step(step, cfg.batch_size, len(self.cache), cfg.seed)                         # (B,)
+        rows = self.cache.rows_of_step(step, cfg.batch_size, cfg.seed)                               # (B,)
         parts = [slice(i, i + size) for i in range(0, cfg.batch_size, size)]
         parts = parts[distributed.rank()::distributed.world_size()]
         batches = [make_batch(self.cache, self.bpe, rows[part], cfg, cfg.bpe_dropout,

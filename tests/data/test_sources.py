@@ -4,15 +4,16 @@ import os
 import random
 import tarfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from nanomagvlt.data import sources
-from nanomagvlt.data.sources import (Pair, as_pairs, open_image, pieces_of, random_crop, read_caption_file, read_pairs,
-                                     usable)
+from nanomagvlt.data.sources import Example, as_example, open_image, pieces_of, random_crop, read_caption_file, read_examples, usable
 from nanomagvlt.tokenizers.bpe import BPE
 
 
@@ -53,16 +54,27 @@ def shard_of(count: int) -> dict[str, bytes]:
     return captioned({str(i): png(size=(i + 1, 20)) for i in range(count)})
 
 
+class Pair(NamedTuple):
+    key: str
+    image: np.ndarray
+    caption: str
+
+
+def pairs_of(examples: Iterable[Example]) -> list[Pair]:
+    return [Pair(example.key, image, caption)
+            for example in examples for image in example.views for caption in example.captions]
+
+
 def read(source: str) -> tuple[list[Pair], Counter]:
     """The pairs of a source, without the 5% limit, and the counts."""
     counts = {}
-    pairs = [pair for piece in pieces_of(source) for sample in usable(piece, counts) for pair in as_pairs(*sample, 32)]
+    pairs = pairs_of([as_example(*sample, 32) for piece in pieces_of(source) for sample in usable(piece, counts)])
     return pairs, Counter({reason: number for reason, (number, _) in counts.items()})
 
 
 def pairs_in(source: str, side: int = 32, *details, **more) -> list[Pair]:
     """The pairs of a source as training reads them."""
-    return list(read_pairs(source, pieces_of(source, side, *details, **more), side, {}))
+    return pairs_of(read_examples(source, pieces_of(source, side, *details, **more), side, {}))
 
 
 def captions_and_counts(source: str) -> tuple[list[str], Counter]:
@@ -301,11 +313,10 @@ def test_crops_depend_on_seed_and_key():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), dtype=np.uint8))
 
     def views(key, seed, crops=3):
-        return [pair.image.tobytes() for pair in as_pairs(key, ["a", "b"], noise, 32, crops, seed)]
+        return [pair.image.tobytes() for pair in pairs_of([as_example(key, ["a", "b"], noise, 32, "crop", crops, seed)])]
     assert views("k", 0) == views("k", 0) and views("k", 0)[:4] == views("k", 0, 2)
     assert len(set(views("k", 0) + views("k", 1) + views("j", 0))) == 9
-    pairs = list(as_pairs("k", ["a", "b"], noise, 32, 2))
-    assert [pair.caption for pair in pairs] == ["a", "b"] * 2 and all(pair.tall is pairs[0].tall for pair in pairs)
+    assert [pair.caption for pair in pairs_of([as_example("k", ["a", "b"], noise, 32, "crop", 2)])] == ["a", "b"] * 2
 
 
 # ---- what a source lists is read or counted

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanomagvlt.config import Config, preset
-from nanomagvlt.data.sources import pieces_of, read_pairs
+from nanomagvlt.data.sources import pieces_of, read_examples
 from nanomagvlt.training import checkpoint, train_vqgan
 from nanomagvlt.training.loop import Stopped
 
@@ -16,15 +16,15 @@ SMALL = dict(vq_images=8, vq_mixed=0.5, vq_steps=6, vq_start=2, vq_batch=4, vq_c
 CPU = torch.device("cpu")
 
 
-def pairs(cfg: Config) -> list:
-    return list(read_pairs(cfg.data, pieces_of(cfg.data, num_shapes=8), cfg.image_size, {}))
+def examples(cfg: Config) -> list:
+    return list(read_examples(cfg.data, pieces_of(cfg.data, num_shapes=8), cfg.image_size, {}))
 
 
 def train(folder: Path) -> tuple[dict, list[dict]]:
     """The checkpoint and the log of a training run in this folder."""
     cfg = preset("micro", **SMALL)
     folder.mkdir(exist_ok=True)
-    train_vqgan.train_vqgan(cfg, pairs(cfg), folder / "vqgan.pt", CPU)
+    train_vqgan.train_vqgan(cfg, examples(cfg), folder / "vqgan.pt", CPU)
     log = (folder / "vqgan_log.jsonl").read_text().splitlines()
     return torch.load(folder / "vqgan.pt", weights_only=True), [json.loads(line) for line in log]
 
@@ -59,7 +59,7 @@ def test_a_checkpoint_without_optimizer_or_of_other_sizes_is_refused(tmp_path):
 
 def test_the_vqgan_also_learns_from_joined_images():
     cfg = preset("micro", **SMALL)
-    images, (first, second, third, *_) = train_vqgan.vqgan_images(cfg, pairs(cfg)), pairs(cfg)  # 8 images, 4 joined
-    assert images.shape == (12, 32, 32, 3) and all((a == b.image).all() for a, b in zip(images, pairs(cfg)))
+    images, (first, second, third, *_) = train_vqgan.vqgan_images(cfg, examples(cfg)), examples(cfg)  # 8 images, 4 joined
+    assert images.shape == (12, 32, 32, 3) and all((a == b.views[0]).all() for a, b in zip(images, examples(cfg)))
     assert (images[8][:16] == first.wide).all() and (images[8][16:] == second.wide).all()
     assert (images[9][:, :16] == second.tall).all() and (images[9][:, 16:] == third.tall).all()
