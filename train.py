@@ -80,7 +80,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
                 task, terms, norm = update_model(model, optimizer, cfg, parts, score, step)
                 step += 1
                 if is_finite(norm, step):
-                    update_ema(averaged, model, min(cfg.ema, step / (step + 10)))
+                    update_ema(averaged, model, min(cfg.ema, step / (step + 10)))  # about the last tenth of the updates
             bar.update()
             if step % cfg.log_every == 0:
                 values = {name: term.item() for name, term in terms.items()}

@@ -102,7 +102,7 @@ class Config:
     betas: tuple[float, ...] = (0.9, 0.96)   # AdamW; P 0.9, 0.96
     weight_decay: float = 0.045              # on matrices, except embeddings and positions; P 0.045
     grad_clip: float = 4.0                   # largest gradient norm; P 4
-    ema: float = 0.999                       # decay per update of the averaged weights, used to sample; 0: none
+    ema: float = 0.999                       # decay of the averaged weights, used to sample, at most step/(step + 10)
     # Decoding (section 3.2)
     image_steps: int = decoding(16)          # K for images; P 10
     image_schedule: str = decoding("cosine") # gamma in decoding, one of masking.SCHEDULES; P cosine
@@ -230,7 +230,8 @@ LIMITS = {  # what a value must be, a test for it, and the fields
 }
 
 CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"),
-           "unroll_step": ("fresh", "next", "confident"), "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
+           "unroll_step": ("fresh", "next", "confident"), "unroll_text": ("masked", "all"),
+           "it2it_ratio": ("opposite", "same"),
            "fit": ("crop", "squeeze", "pad"),
            "length_pass": ("own", "main"), "precision": ("fp32", "bf16"), "position_init": ("normal", "sincos"),
            "image_order": ORDERS, "text_order": ORDERS, "pair_text_order": ORDERS,

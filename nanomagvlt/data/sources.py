@@ -129,7 +129,7 @@ def random_crop(image: Image.Image, side: int, rng: random.Random) -> np.ndarray
     x, y = (rng.randrange(3 * slack // 8, max(3 * slack // 8 + 1, 5 * slack // 8))
             for slack in (image.width - s, image.height - s))
     t = rng.randint(side, max(side, min(s, 9 * side // 8)))
-    scaled = image.crop((x, y, x + s, y + s)).resize((t, t), Image.Resampling.LANCZOS)
+    scaled = image.crop((x, y, x + s, y + s)).resize((t, t), Image.Resampling.BILINEAR)  # as the release
     x, y = rng.randint(0, t - side), rng.randint(0, t - side)
     return np.asarray(scaled.crop((x, y, x + side, y + side)))
 

@@ -31,7 +31,7 @@ DISCRIMINATOR_RAMP = 200   # updates in which the weight of the adversarial loss
 
 
 def train_vqgan(cfg: Config, examples: Iterable[Example], path: Path, device: torch.device) -> VQGAN:
-    """Trains a VQ-GAN on the images of the examples and returns it in evaluation mode. Resumes from path if it exists."""
+    """Trains a VQ-GAN on the images of examples and returns it in evaluation mode. Resumes from path if it exists."""
     torch.manual_seed(keyed_seed(cfg.seed, "vqgan weights"))
     trainer = VQGANTrainer(cfg, device)
     step = trainer.load(path) if path.exists() else 0
