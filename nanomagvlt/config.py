@@ -259,9 +259,9 @@ PRESETS = {
 }
 PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=80_000)
 
-# The differences that `--model argvlt` adds to any preset.
+# The differences that `--model argvlt` adds to any preset. Top-k 256 is R's; it is no limit for tiny's 128 codes.
 ARGVLT = dict(task_weights={"t2i": 8.0, "i2t": 2.0, "it2it": 0.0}, unroll_mask=False, mixsel="off",
-              image_temperature=(1.0, 1.0), text_temperature=(1.0, 1.0))
+              image_temperature=(1.0, 1.0), text_temperature=(1.0, 1.0), image_top_k=256)
 
 DECODING = [f.name for f in dataclasses.fields(Config) if "decoding" in f.metadata]
 
