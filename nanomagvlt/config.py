@@ -115,6 +115,7 @@ class Config:
     text_noise: tuple[float, ...] = decoding((0.0, 0.0))  # as image_noise
     text_top_k: int = decoding(32)           # as image_top_k; R 32
     pair_text_order: str = decoding("inverse")  # as text_order, where image and text are generated together
+    visible_first: bool = decoding(False)    # argvlt: a hole sees all given tokens, not only those to its left; R yes
     # Housekeeping
     seed: int = 0                            # same seed, same device, same result
     log_every: int = 10                      # updates between lines of log.jsonl
