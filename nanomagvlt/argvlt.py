@@ -19,28 +19,40 @@ from torch import Tensor
 
 from nanomagvlt.decoding import SamplingConfig
 from nanomagvlt.model import KVCache
-from nanomagvlt.objectives import Batch, Logits, Terms, autocast, masked_cross_entropy
+from nanomagvlt.objectives import Batch, Logits, Terms, autocast, masked_cross_entropy, mix
 from nanomagvlt.rng import Rng, random_rows
 from nanomagvlt.sequence import KIND, TASKS, Sequence, build
 
 MAIN_TERM = "generated"  # validations are compared by it
 
 
-def total_loss(cfg, generated: Tensor, condition: Tensor) -> Tensor:
-    """The loss over the whole sequence (appendix A): 0.9 for the generated half, 0.1 for the given half."""
-    return 0.9 * generated + 0.1 * condition
+def total_loss(cfg, generated: Tensor | float = 0.0, condition: Tensor | float = 0.0,
+               mixsel: Tensor | float = 0.0) -> Tensor:
+    """The loss over the whole sequence (appendix A): 0.9 for the generated half, 0.1 for the given half. And MixSel."""
+    return 0.9 * generated + 0.1 * condition + cfg.mixsel_weight * mixsel
 
 
 def losses(model, task: str, batch: Batch, rng: Rng, run: Callable | None = None) -> tuple[Tensor, Terms]:
-    """The loss of a batch in one task, and its two terms. rng is not used: nothing is masked."""
-    terms, _ = (run or run_pass)(model, "", build(task, model.cfg, batch), batch)
-    return total_loss(model.cfg, **terms), terms
+    """The loss of a batch in one task, and its terms. Nothing is masked: rng is only for MixSel.
+
+    MixSel's gain is "somewhat marginal for ARGVLT" (section 4.4), so it is off by default. The paper does not say what
+    it scores. Here it is one more pass like the main one: the generated half, and the joined context.
+    """
+    cfg, run = model.cfg, run or run_pass
+    terms, _ = run(model, "main", build(task, cfg, batch), batch)
+    if cfg.mixsel != "off":
+        mixed, _, selector = mix(task, batch, rng, cfg)
+        selector = selector if cfg.mixsel == "select" else None  # MixRandom has none, as in objectives.py
+        terms |= run(model, "mixsel", build(task, cfg, mixed, selector=selector), mixed)[0]
+    return total_loss(cfg, **terms), terms
 
 
 def run_pass(model, name: str, seq: Sequence, targets: Batch, score: Callable | None = None) -> tuple[Terms, Logits]:
-    """The one pass through the model: its terms, and no logits. `name` is not used."""
+    """One pass through the model, "main" or "mixsel": its terms, and no logits."""
     with autocast(model.cfg, seq.token_ids.device):
         generated, condition = (score or score_pass)(model, seq, targets)
+    if name == "mixsel":
+        return {"mixsel": total_loss(model.cfg, generated, condition)}, {}
     return {"generated": generated, "condition": condition}, {}
 
 

@@ -195,11 +195,11 @@ class Config:
             yield "vq_vgg and vq_lpips: the perceptual loss needs both"
         if self.codebook_size > 2 ** 16:
             yield f"codebook_size {self.codebook_size} is over 65,536, the most a cache can hold"
-        if is_causal and (not all(TASKS[task].given for task in self.task_shares) or mixes or self.unroll_mask
+        if is_causal and (not all(TASKS[task].given for task in self.task_shares) or self.unroll_mask
                           or self.condition_dropout):
-            yield "model argvlt has no it2it, UnrollMask, MixSel or condition_dropout"
-        if self.segments and not is_causal:
-            yield "segments needs model argvlt"
+            yield "model argvlt has no it2it, UnrollMask or condition_dropout"
+        if (self.segments or self.visible_first) and not is_causal:
+            yield "segments and visible_first need model argvlt"
         if mixes and min(self.micro_batch or 2, self.batch_size) < 2:
             yield "mixsel needs at least two pairs at a time: see batch_size and micro_batch"
         if mixes and not 1 <= self.mixsel_separators <= self.text_length - 3:
