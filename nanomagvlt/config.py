@@ -118,6 +118,7 @@ class Config:
     text_noise: tuple[float, ...] = decoding((0.0, 0.0))  # as image_noise
     text_top_k: int = decoding(32)           # as image_top_k; R 32
     pair_text_order: str = decoding("inverse")  # as text_order, where image and text are generated together
+    visible_first: bool = decoding(False)    # argvlt: a hole sees all given tokens, not only those to its left; R yes
     # Housekeeping
     seed: int = 0                            # same seed, same device, same result
     log_every: int = 10                      # updates between lines of log.jsonl
@@ -197,11 +198,11 @@ class Config:
             yield "vq_vgg and vq_lpips: the perceptual loss needs both"
         if self.codebook_size > 2 ** 16:
             yield f"codebook_size {self.codebook_size} is over 65,536, the most a cache can hold"
-        if is_causal and (not all(TASKS[task].given for task in self.task_shares) or mixes or self.unroll_mask
+        if is_causal and (not all(TASKS[task].given for task in self.task_shares) or self.unroll_mask
                           or self.condition_dropout):
-            yield "model argvlt has no it2it, UnrollMask, MixSel or condition_dropout"
-        if self.segments and not is_causal:
-            yield "segments needs model argvlt"
+            yield "model argvlt has no it2it, UnrollMask or condition_dropout"
+        if (self.segments or self.visible_first) and not is_causal:
+            yield "segments and visible_first need model argvlt"
         if mixes and not 1 <= self.mixsel_separators <= self.text_length - 3:
             yield f"mixsel_separators {self.mixsel_separators} must lie in 1..text_length - 3"
         if not 1 <= self.length_positions <= self.text_length:
@@ -261,9 +262,9 @@ PRESETS = {
 }
 PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=80_000)
 
-# The differences that `--model argvlt` adds to any preset.
+# The differences that `--model argvlt` adds to any preset. Top-k 256 is R's; it is no limit for tiny's 128 codes.
 ARGVLT = dict(task_weights={"t2i": 8.0, "i2t": 2.0, "it2it": 0.0}, unroll_mask=False, mixsel="off",
-              image_temperature=(1.0, 1.0), text_temperature=(1.0, 1.0))
+              image_temperature=(1.0, 1.0), text_temperature=(1.0, 1.0), image_top_k=256)
 
 DECODING = [f.name for f in dataclasses.fields(Config) if "decoding" in f.metadata]
 

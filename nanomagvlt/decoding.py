@@ -36,6 +36,7 @@ class SamplingConfig:
     can_remask: bool                  # whether a token that was kept can be masked again
     p_floor: float                    # confidence is log max(p, p_floor), with p after temperature and top_k
     rows: int                         # rows of the grid of positions, for the Halton order; 1 for a text
+    visible_first: bool = False       # ARGVLT alone: it reads all given tokens of a piece before the first hole
 
     def sample(self, logits: Tensor, temperature: Tensor | float, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """masking.sample() by these rules, also for ARGVLT: tokens and their probabilities, (B, N) each."""
@@ -51,7 +52,7 @@ def sampling_config(cfg, kind: str, **changes) -> SamplingConfig:
         settings = SamplingConfig(cfg.text_steps, cfg.text_schedule, cfg.text_order, cfg.text_temperature,
                                   cfg.text_noise, cfg.text_top_k, can_remask=True,
                                   p_floor=torch.finfo(torch.float32).tiny, rows=1)
-    return replace(settings, **changes)
+    return replace(settings, visible_first=cfg.visible_first, **changes)
 
 
 @dataclass(frozen=True)

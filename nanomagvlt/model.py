@@ -110,7 +110,7 @@ class MAGVLT(nn.Module):
         the cached ones, without it the first ones. The result is then (B, L', D).
         """
         part = slice(None) if columns is None else columns
-        x = self.token_table(seq.token_ids[:, part]) + self.embed_positions(seq.position_ids[part])    # (B, L, D)
+        x = self.token_table(seq.token_ids[:, part]) + self.embed_positions(seq.position_ids[..., part])  # (B, L, D)
         x = x + seq.is_masked[:, part, None] * self.embed_positions(seq.mask_position_ids[part])       # (B, L, D)
         if self.segments is not None:  # L-Verse: [REF] in the given half, [GEN] in the generated half
             is_generated = torch.arange(seq.token_ids.shape[1], device=x.device) >= seq.bog            # (L,)
@@ -124,7 +124,7 @@ class MAGVLT(nn.Module):
         return x
 
     def embed_positions(self, rows: Tensor) -> Tensor:
-        """Embeddings of rows (L,) of the position table: (L, D). Another positional scheme replaces this function."""
+        """Embeddings (..., L, D) of rows (..., L) of the position table. Another positional scheme replaces it."""
         return self.position_table(rows)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:

@@ -94,7 +94,7 @@ class Sequence:
     """What the transformer reads."""
     task: Task
     token_ids: Tensor          # (B, L) rows of the token table, MASK tokens where masked
-    position_ids: Tensor       # (L,)   rows of the position table
+    position_ids: Tensor       # (L,)   rows of the position table; (B, L) in ARGVLT's sampling
     mask_position_ids: Tensor  # (L,)   rows of the position table that a masked position adds
     is_masked: Tensor          # (B, L) True: the token is hidden, and predicted
     is_valid: Tensor           # (B, L) False: padding

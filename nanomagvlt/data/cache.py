@@ -1,8 +1,8 @@
 """Chapter 12 - From pairs to the token cache, and from the cache to batches.
 
 Training reads one format, the token cache: image tokens and captions, both memory-mapped. Images are tokenised once,
-by the VQ-GAN. Captions are stored as text and tokenised in each batch, because BPE dropout differs each time. For MixSel
-each view of an image has a fixed partner, and their two joined pictures are tokenised, too (see group_rows()).
+by the VQ-GAN. Captions are stored as text and tokenised in each batch, because BPE dropout differs each time. Each view
+of an image has a fixed partner, and their joined pictures are tokenised, too, for MixSel (see group_rows()).
 
 A large cache is made in parts: make_parts() turns each piece of a source into a file, unless the file exists, and
 join_parts() joins these files into one cache.

@@ -180,13 +180,13 @@ def test_what_samples_is_the_moving_average_of_what_is_trained(straight, cfg, mo
 
 def test_argvlt_trains_draws_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(*"--model argvlt --task-weights t2i=1,i2t=1 --segments true --unroll-mask false --mixsel off".split())
+    run(*"--model argvlt --task-weights t2i=1,i2t=1 --segments true --unroll-mask false --mixsel select".split())
     log = [json.loads(line) for line in Path("runs/micro/log.jsonl").read_text().splitlines()]
-    assert {"generated", "condition"} <= log[0].keys() and "val_generated" in log[-1]
+    assert {"generated", "condition", "mixsel"} <= log[0].keys() and "val_generated" in log[-1]
     capsys.readouterr()
     sample.main(["--prompt", "a red circle", "--num-samples", "2"])
     sample.main(["--image", "samples.png", "--num-samples", "2"])
-    sample.main(["--image", "samples.png", "--prompt", "a red circle", "--num-samples", "2"])
+    sample.main(["--image", "samples.png", "--prompt", "a red circle", "--num-samples", "2", "--visible-first", "true"])
     sample.main(["--image", "samples.png", "--text", "a [MASK:2] circle", "--num-samples", "2"])
     assert capsys.readouterr().out.splitlines()[-1].endswith("circle")
     for flag in ("--together", "--trace", "--image-steps=2"):
