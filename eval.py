@@ -21,7 +21,7 @@ from nanomagvlt.masking import ORDERS, SCHEDULES
 from nanomagvlt.sampling.pipeline import Pipeline, load_pipeline, pick_device
 from nanomagvlt.tokenizers.vqgan import VQGAN
 from nanomagvlt.training import checkpoint
-from nanomagvlt.training.cli import Parser, add_config_flags, given_settings, positive
+from nanomagvlt.training.cli import Parser, add_config_flags, check_out, given_settings, positive
 
 EXACT, PAIRS = ("t2i_exact", "i2t_exact"), ("pairs_agree", "pairs_crowded")
 SWEEP = {  # kind: the fields that vary, their values, what is measured. Pairs of numbers: first step, last step
@@ -165,8 +165,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.variants:
         if name not in ablations.VARIANTS:
             parser.error(f"--variants: no {name!r}{nearest(name, ablations.VARIANTS)}")
-    if args.out and args.what != "coco" and not args.out.parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
+    if args.out and args.what != "coco":
+        parser.run(check_out, args.out)
     parser.run(measure, args)
 
 

@@ -31,7 +31,7 @@ from nanomagvlt.rng import keyed_generator
 from nanomagvlt.sampling import clip, edit, visualize
 from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, load_pipeline
 from nanomagvlt.training import checkpoint, pretrained
-from nanomagvlt.training.cli import Parser, add_config_flags, given_settings, positive, reader
+from nanomagvlt.training.cli import Parser, add_config_flags, check_out, given_settings, positive, reader
 
 
 def make_pictures(args, pipeline: Pipeline, generator: torch.Generator, scorer) -> None:
@@ -196,7 +196,7 @@ def printable(text: str) -> str:
 
 # Each flag on the left needs one of those on the right.
 NEEDS = (("text", "image together"), ("region mask keep", "image"), ("region mask keep", "prompt together"),
-         ("outside", "region mask"), ("blend", "image"), ("blend guidance attention", "prompt"),
+         ("outside", "region mask"), ("fit", "image"), ("blend", "image"), ("blend guidance attention", "prompt"),
          ("candidates", "clip judge"), ("clip judge", "candidates"))
 # Each flag on the left goes with none of those on the right.
 EXCLUDES = (("prompt", "text together"), ("region", "mask keep"), ("mask", "keep"), ("clip", "judge"),
@@ -220,8 +220,9 @@ def check_flags(args) -> None:
         raise ValueError(f"--candidates {args.candidates}: must be at least --num-samples {args.num_samples}")
     if args.keep is not None and not 0 <= args.keep < 1:
         raise ValueError(f"--keep {args.keep}: must lie in [0, 1)")
-    if not args.out.parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+    check_out(args.out)
+    if args.out.suffix not in (".png", ".gif"):
+        raise ValueError(f"--out {args.out}: must end in .png")
 
 
 def sample(args) -> None:

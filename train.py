@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from nanomagvlt.config import MAY_CHANGE, VQGAN_FIELDS, Config, as_json
 from nanomagvlt.data import shapes
-from nanomagvlt.data.cache import TokenCache, make_batch, write_cache
-from nanomagvlt.data.sources import Counts, Example, Piece, left_out, pieces_of, read_examples
+from nanomagvlt.data.cache import TokenCache, make_batch, shorten, write_cache
+from nanomagvlt.data.sources import Counts, Example, Piece, check_bad_share, left_out, pieces_of, read_examples, usable
 from nanomagvlt.evaluation import small_world
 from nanomagvlt.io import lock, one_line_error, write_image, write_json
 from nanomagvlt.model import MAGVLT, num_parameters
@@ -213,8 +213,8 @@ def get_caches(cfg: Config, run: Path, vqgan: VQGAN, hashes: dict[str, str]) -> 
             print(f"cache: {len(caches[split]):,} pairs -> {folder}{left_out(counts)}")
         for name, expected in settings.items():
             if caches[split].meta[name] != expected:
-                flag = name.replace("_", "-")
-                raise ValueError(f"{folder}: made with another {name}: give the right --{flag}, or make it again")
+                found, flag = caches[split].meta[name], name.replace("_", "-")
+                raise ValueError(f"{folder}: made with {name} {found}, not {expected}: give the right --{flag}")
     return caches
 
 
@@ -229,7 +229,7 @@ def get_bpe(cfg: Config, run: Path, cache: TokenCache) -> BPE:
         bpe.save(path)
         print(f"bpe: {len(bpe.merges)} merges trained on {len(cache):,} captions -> {path}")
     some = cache.captions(np.linspace(0, len(cache) - 1, min(2000, len(cache))).astype(int))
-    if cut := sum(len(bpe.encode(caption)) >= cfg.text_length for caption in some) / len(some):
+    if cut := sum(len(bpe.encode(shorten(caption, cfg.text_length))) >= cfg.text_length for caption in some) / len(some):
         print(f"captions: {cut:.1%} do not fit {cfg.text_length} tokens and are cut: see --text-length, --bpe-merges")
     return bpe
 
@@ -264,9 +264,12 @@ def run_stages(cfg: Config, run: Path, device: torch.device, last: str, hashes: 
 
 # ---------------------------------------------------------------------------------------------- before work begins
 
-def take_from_tokenizers(args) -> None:
-    """Adds the settings that a given VQ-GAN and given merges determine. Raises ValueError if a flag contradicts."""
+def take_from_inputs(args) -> None:
+    """Adds the settings that a given cache, VQ-GAN and merges determine. Raises ValueError if a flag contradicts."""
     given = vars(args)  # only flags that were given are in it
+    if given.get("cache") and "data" not in given:  # the data are the cache's, and can be judged if they are shapes
+        source = str(TokenCache(Path(args.cache, "train")).meta["source"])
+        args.data = source if source.startswith("shapes:") and "," not in source else ""
     if given.get("vqgan"):
         theirs = checkpoint.load(args.vqgan, "vqgan")["config"]
         given.setdefault("fit", theirs.fit)
@@ -279,8 +282,8 @@ def take_from_tokenizers(args) -> None:
 
 
 def check_inputs(cfg: Config, run: Path, args, device: torch.device) -> dict[str, str]:
-    """Checks all that a run needs before work begins, and returns a hash of each input: what it holds, not where it is.
-    Raises ValueError for an input that is absent or cannot fit."""
+    """Checks what a run needs before work begins, and returns a hash of each input: of what it holds, not where it is.
+    Raises ValueError for an input that is absent, has no good sample, or cannot fit."""
     if not cfg.data and not (cfg.cache and cfg.vqgan):
         raise ValueError(f"preset {args.preset} has no data: give --data, or --cache and --vqgan (see data/README.md)")
     for flag, given, file, stages in (("--vqgan", cfg.vqgan, "vqgan.pt", STAGES[1:]),
@@ -295,8 +298,11 @@ def check_inputs(cfg: Config, run: Path, args, device: torch.device) -> dict[str
     if cfg.bpe:
         hashes["bpe"] = f"{keyed_seed(BPE.load(cfg.bpe).to_text()):016x}"
     for split, folder in cache_folders(cfg, run).items():
+        pieces, counts = [] if cfg.cache else pieces_for(cfg, split), {}
         hashes[f"{split} pairs"] = TokenCache(folder).meta["made_of"] if cfg.cache else (
-            f"{keyed_seed([piece.identity for piece in pieces_for(cfg, split)]):016x}")
+            f"{keyed_seed([piece.identity for piece in pieces]):016x}")
+        if not cfg.cache and not any(True for piece in pieces for _ in usable(piece, counts)):  # until the first good
+            check_bad_share(source_of(cfg, split), counts)
     return hashes
 
 
@@ -362,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse(argv)
     run, device = Path("runs") / (args.name or args.preset), args.device
     try:
-        take_from_tokenizers(args)
+        take_from_inputs(args)
         cfg = config_from_args(args)
         device = pick_device(distributed.local_device(args.device))
         distributed.begin(device)

@@ -29,7 +29,7 @@ from nanomagvlt.io import write_image
 from nanomagvlt.sampling.pipeline import contact_sheet, pick_device
 from nanomagvlt.tokenizers.bpe import BPE, clean_caption
 from nanomagvlt.training import checkpoint
-from nanomagvlt.training.cli import Parser, positive
+from nanomagvlt.training.cli import Parser, check_out, positive
 from nanomagvlt.training.distributed import parse_part, share_of_work
 
 NUM_SHOWN = 24  # samples on the sheet of --inspect, drawn at random
@@ -62,6 +62,7 @@ def prepare(args) -> None:
 def inspect(args) -> None:
     """Reads a source, or a --part of it, as training would, and prints what it contains."""
     vqgan = args.vqgan and checkpoint.load_vqgan(args.vqgan)
+    check_out(args.sheet, "--sheet")
     side, fit = vqgan.cfg.image_size if vqgan else args.image_size, args.fit or (vqgan.cfg.fit if vqgan else "crop")
     bpe = args.bpe and BPE.load(args.bpe)
     first, step = args.part or (0, 1)

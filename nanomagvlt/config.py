@@ -272,9 +272,9 @@ DECODING = [f.name for f in dataclasses.fields(Config) if "decoding" in f.metada
 VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "vq_multipliers", "vq_res_blocks",
                 "vq_attention", "vq_latent", "vq_groups", "vq_patchwise")
 
+PATHS = ("data", "val_data", "cache", "vqgan", "bpe")  # a run compares what is there, not where it is
 # Fields that may change when a run resumes. (Another micro_batch changes dropout, BPE dropout, MixSel's partners and
 # directions and, if the padded length changes, text masks.)
-PATHS = ("data", "val_data", "cache", "vqgan", "bpe")  # a run compares what is there, not where it is
 MAY_CHANGE = (*PATHS, "steps", "micro_batch", "compile", "log_every", "eval_every", "sample_every", "save_every",
               "eval_scenes")
 

@@ -31,9 +31,13 @@ def whole(path: Path) -> Iterator:
 
     Raises OSError with the file's name, even if a library raises another error (torch.save() on a full disk).
     """
-    for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
+    ours = f"{path.name}.{platform.node()}-"
+    for unfinished in path.parent.glob(f"{glob.escape(ours)}*.tmp"):
+        with contextlib.suppress(ProcessLookupError, ValueError):
+            os.kill(int(unfinished.name.removeprefix(ours).removesuffix(".tmp")), 0)  # an error: it was killed here
+            continue
         unfinished.unlink(missing_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{ours}{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -42,7 +46,8 @@ def whole(path: Path) -> Iterator:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # after the OSError of a full disk torch.save() raises a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
-        raise OSError(cause.errno, cause.strerror, str(path)) if isinstance(cause, OSError) else error
+        is_ours = isinstance(cause, OSError) and cause.filename in (None, str(temporary))
+        raise OSError(cause.errno, cause.strerror, str(path)) if is_ours else error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)  # the rename is on the disk when the folder is
@@ -186,6 +191,6 @@ def one_line_error(path: str | Path, problem: str) -> Iterator[None]:
         raise ValueError(f"{path}: {problem}: {reason}") from None
 
 
-def first_line(error: Exception | str) -> str:
+def first_line(error: Exception) -> str:
     """The first line of a library's error message, at most 100 characters; the error's class where it is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0][:100]

@@ -64,8 +64,8 @@ class TokenCache:
             self.num_views = int(self.views.max()) + 1
             self.by_view = self.views.argsort(kind="stable") if self.num_views > 1 else None            # all rows
         except (OSError, ValueError, KeyError, TypeError) as error:
-            missing = f"its meta.json lacks {error}, it is of another version" if isinstance(error, KeyError) else error
-            raise ValueError(f"{folder}: no whole token cache ({missing}); make it with data/prepare.py") from None
+            reason = f"its meta.json lacks {error}, it is of another version" if isinstance(error, KeyError) else error
+            raise ValueError(f"{folder}: no whole token cache ({reason}); make it again") from None
 
     def __len__(self) -> int:
         return self.meta["pairs"]
@@ -104,10 +104,13 @@ def encode_images(images: list[np.ndarray], vqgan) -> np.ndarray:
 
 def tokenise(examples: Iterable[Example], vqgan, clean: bool) -> Iterator[Rows]:
     """The rows of examples, a group at a time. With `clean`, captions pass through clean_caption()."""
+    def cleaned(caption: str) -> str:
+        text = clean_caption(caption)
+        return text if clean and text.strip() else caption  # a caption of marks alone stays as it is
+
     examples = iter(examples)
     while group := list(islice(examples, GROUP)):
-        yield group_rows([example._replace(captions=[clean_caption(caption) if clean else caption
-                                                     for caption in example.captions]) for example in group], vqgan)
+        yield group_rows([example._replace(captions=[*map(cleaned, example.captions)]) for example in group], vqgan)
 
 
 def group_rows(group: list[Example], vqgan) -> Rows:
@@ -243,11 +246,17 @@ def rows_of_step(step: int, batch_size: int, num_items: int, seed: int, num_view
     return rows
 
 
+def shorten(caption: str, text_length: int) -> str:
+    """The part of a caption that can fit: a token has less than 50 characters. A caption may have millions."""
+    return caption[:50 * text_length]
+
+
 def encode_captions(bpe: BPE, captions: list[str], text_length: int, dropout: float = 0.0,
                     key: tuple = ()) -> tuple[torch.Tensor, torch.Tensor]:
     """text_tokens (B, T) and text_lengths (B,), long. BPE dropout depends on key and row in the batch."""
     rngs = (random.Random(keyed_seed(*key, i)) if dropout else None for i in range(len(captions)))
-    encoded = [bpe.pad(bpe.encode(caption, dropout, rng), text_length) for caption, rng in zip(captions, rngs)]
+    encoded = [bpe.pad(bpe.encode(shorten(caption, text_length), dropout, rng), text_length)
+               for caption, rng in zip(captions, rngs)]
     return torch.tensor([ids for ids, _ in encoded]), torch.tensor([length for _, length in encoded])
 
 

@@ -48,8 +48,10 @@ PIECE = 10_000           # samples in a piece, as in a shard of img2dataset
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, zlib.error,
               lzma.LZMAError)  # raised by tarfile for damaged files
 JSON_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  # damaged, or of another structure
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+         codecs.BOM_UTF16_BE: "utf-16"}  # UTF-32's begins with UTF-16's
 APART = "the files of a key are not together, see tar --sort=name"
-NO_SAMPLE = ("no image", "further image of a name")  # counted, but not as bad samples: a README, a caption alone
+NO_SAMPLE = ("neither image nor caption", "no image", "further image of a name")  # counted, but not as bad samples
 
 
 class BadSample(Exception):
@@ -171,9 +173,9 @@ def as_example(key: str, captions: list[str], image: Image.Image, side: int, fit
 
 
 def check_bad_share(source: str, counts: Counts) -> None:
-    """Raises ValueError if a source has no good sample, or more than 5% bad ones."""
+    """Raises ValueError if there is no good sample, more than 5% are bad, or more captions stand alone than are good."""
     good, total, least = counts.get("good", (0, ""))[0], num_samples(counts), 1 - MAX_BAD_SHARE
-    if good == 0 or total - good > MAX_BAD_SHARE * total:
+    if good == 0 or total - good > MAX_BAD_SHARE * total or counts.get("no image", (0, ""))[0] > good:
         raise ValueError(f"{source}: {good} of {total} samples are good, {least:.0%} must be{left_out(counts)}")
 
 
@@ -184,7 +186,7 @@ def num_samples(counts: Counts) -> int:
 
 def left_out(counts: Counts) -> str:
     """What is not good by reason, such as "; left out: 3 x not an image (first: d/07)"; empty if there is none."""
-    reasons = ", ".join(f"{number} x {reason} (first: {first})" for reason, (number, first) in
+    reasons = ", ".join(f"{number} x {reason} (first: {first!r})" for reason, (number, first) in
                         sorted(counts.items(), key=lambda item: -item[1][0]) if reason != "good")
     return f"; left out: {reasons}" if reasons else ""
 
@@ -197,6 +199,7 @@ def pieces_of(source: str, image_size: int = 0, num_shapes: int = 0, split: str 
     and for Karpathy's file. Raises ValueError for a source that is absent."""
     pieces = []
     for part in [source] if os.path.exists(source) else source.split(","):
+        before = len(pieces)
         if part.startswith("shapes:"):
             pieces += _shapes_pieces(part, image_size, num_shapes, split, seed)
         elif part.startswith("coco:"):
@@ -205,11 +208,16 @@ def pieces_of(source: str, image_size: int = 0, num_shapes: int = 0, split: str 
             pieces += _folder_pieces(part)
         else:
             pieces += map(_shard_piece, _shards(part))
+        if len(pieces) == before and not part.startswith("shapes:"):
+            raise ValueError(f"{part or source}: has no samples{f' of split {split}' * part.startswith('coco:')}")
     return pieces
 
 
 def _stamp(path: str | Path, folder: str) -> tuple[str, int, int]:
-    stat = os.stat(path, follow_symlinks=os.path.exists(path))  # a link may lead to nothing
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError):  # absent, or a link to nothing
+        return os.path.relpath(path, folder), 0, 0
     return os.path.relpath(path, folder), stat.st_size, stat.st_mtime_ns
 
 
@@ -235,10 +243,8 @@ def _folder_pieces(folder: str) -> list[Piece]:
     """The pieces of a folder and its subfolders: its shards, and its other files in groups of one name."""
     paths, shards, files = sorted(_files_of(folder, ())), [], []
     for path in paths:
-        name, suffix = os.path.splitext(path)
-        (shards if suffix == ".tar" else files).append((name, suffix[1:].lower(), Path(path)))
-    if not paths:
-        raise ValueError(f"{folder}: has no files")
+        is_shard, (name, suffix) = path.lower().endswith((".tar", ".tar.gz", ".tgz")), os.path.splitext(path)
+        (shards if is_shard else files).append((name, suffix[1:].lower(), Path(path)))
     groups = [(name, list(group)) for name, group in groupby(sorted(files), itemgetter(0))]
     shares = [groups[i:i + PIECE] for i in range(0, len(groups), PIECE)]
     return [_shard_piece(str(path)) for *_, path in shards] + [
@@ -276,7 +282,7 @@ def read_caption_file(path: Path, split: str | None) -> tuple[list[CaptionedImag
             rows = [(str(row["file_name"]), row["id"], row.get("domain", "")) for row in content["images"]]
             pairs = [(row["image_id"], row["caption"]) for row in content["annotations"]]
         for id, caption in pairs:
-            captions[str(id)].append(caption.strip())
+            captions[str(id)].append(caption)
     except JSON_ERRORS:
         raise ValueError(f"{path}: neither COCO's captions nor Karpathy's") from None
     images = {str(row[1]): row for row in rows}
@@ -299,8 +305,10 @@ def _coco_pieces(source: str, split: str) -> list[Piece]:
         if not image.captions:
             raise BadSample("no caption")
         return image.file, image.captions, open_image(_read(Path(folder, image.file)))
-    return [Piece((*_stamp(path, os.path.dirname(path)), split, i), partial(iter, images[i:i + PIECE]), load)
-            for i in range(0, len(images), PIECE)]
+    shares = [images[i:i + PIECE] for i in range(0, len(images), PIECE)]
+    return [Piece((_stamp(path, os.path.dirname(path)), split, i,
+                   *(_stamp(os.path.join(folder, image.file), folder) for image in share)), partial(iter, share), load)
+            for i, share in enumerate(shares)]
 
 
 def _shards(pattern: str) -> list[str]:
@@ -309,6 +317,8 @@ def _shards(pattern: str) -> list[str]:
         return [pattern]
     if numbers := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         (first, last), (start, end) = numbers.groups(), numbers.span()
+        if int(first) > int(last):
+            raise ValueError(f"{pattern}: the first number is above the last")
         return [shard for i in range(int(first), int(last) + 1)
                 for shard in _shards(f"{pattern[:start]}{i:0{len(first)}d}{pattern[end:]}")]
     if not (shards := sorted(glob.glob(pattern))):
@@ -328,9 +338,9 @@ def _tar_files(shard: str) -> Iterator[File]:
                     raise tarfile.ReadError("hostile: a sparse file of a few bytes may claim terabytes of zeros")
                 folder, _, name = member.name.rpartition("/")
                 key, _, suffix = name.partition(".")  # a key ends at the first dot, as in webdataset
-                if member.isfile() and key:           # without key: a hidden file
-                    content = BadSample("file is too large")
-                    if member.size <= MAX_BYTES and len(content := tar.fileobj.read(member.size)) < member.size:
+                if key and not member.isdir():        # without key: a hidden file
+                    content = BadSample("file is too large" if member.isfile() else "a link, not a file")
+                    if member.isfile() and member.size <= MAX_BYTES and len(content := tar.fileobj.read(member.size)) < member.size:
                         raise tarfile.ReadError("the shard ends within this file")
                     before, group = group, os.path.join(shard, folder, key)
                     if group != before and group in groups:
@@ -340,11 +350,14 @@ def _tar_files(shard: str) -> Iterator[File]:
             tar.fileobj.seek(tar.offset)
             if any(block.strip(b"\0") for block in iter(partial(tar.fileobj.read, 1 << 20), b"")):
                 raise tarfile.ReadError("a damaged header: tarfile stops there without an error")
+            damage = BadSample(f"lost in {shard}, which has less than its _stats.json says")
+            damage.count = 0
         except TAR_ERRORS:
-            damage = BadSample(f"lost in {shard}, which is damaged")
-            with contextlib.suppress(OSError, *JSON_ERRORS):
-                stats = json.loads(Path(shard.removesuffix(".tar") + "_stats.json").read_bytes())
-                damage.count = max(1, stats["successes"] - len(groups))
+            damage = BadSample(f"lost in {shard}, which is damaged or no tar file")
+        with contextlib.suppress(OSError, *JSON_ERRORS):
+            stats = json.loads(Path(shard.removesuffix(".tar") + "_stats.json").read_bytes())
+            damage.count = max(damage.count, stats["successes"] - len(groups))
+        if damage.count:
             yield shard, "txt", damage
 
 
@@ -356,14 +369,16 @@ def _load(group: tuple[str, Iterable[File]], counts: Counts) -> Sample:
     if len(contents) < len(files):
         raise BadSample("two files of one name")
     text, about = (_read(contents.pop(suffix, b"")) for suffix in ("txt", "json"))
-    images, problem = [], "no image"
+    images, problems = [], []
     for content in contents.values():
         try:
             images.append(open_image(_read(content)))
-        except BadSample as error:  # such as a .cls beside the image
-            problem = str(error)
+        except BadSample as error:
+            problems += [str(error)] if str(error) != "not an image" else []  # such as a .cls beside the image
+    if not images and (text or about) and contents or APART in problems:
+        raise BadSample([*problems, "not an image"][0])
     if not images:
-        raise BadSample(problem if text or about or problem == APART else "no image")
+        raise BadSample("no image" if text or about else "neither image nor caption")
     captions = _as_captions(_decode(text).splitlines())
     if not captions:
         with contextlib.suppress(*JSON_ERRORS):
@@ -371,18 +386,18 @@ def _load(group: tuple[str, Iterable[File]], counts: Counts) -> Sample:
             captions = _as_captions(about.get("caption") or about.get("captions"))
     if not captions:
         raise BadSample("no caption")
-    if len(images) > 1:
-        count(counts, "further image of a name", name, len(images) - 1)
+    if further := len(images) - 1 + len(problems):
+        count(counts, "further image of a name", name, further)
     return name.rpartition("/")[2], captions, images[0]
 
 
 def _decode(text: bytes) -> str:
-    """The text of a file in UTF-8, or in UTF-16 with its byte-order mark. Raises BadSample."""
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with their byte-order mark. Raises BadSample."""
+    encoding = next((name for mark, name in MARKS.items() if text.startswith(mark)), "utf-8-sig")
     with contextlib.suppress(UnicodeDecodeError):
-        if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return text.decode("utf-16")
-        if text.count(0) <= len(text) // 3:  # else it is UTF-16 without the mark
-            return text.decode("utf-8-sig")
+        decoded = text.decode(encoding)
+        if decoded.count("\0") <= len(decoded) // 3:  # else it is UTF-16 without the mark
+            return decoded
     raise BadSample("caption is not UTF-8")
 
 
@@ -395,6 +410,8 @@ def _read(content: Path | bytes | BadSample) -> bytes:
     try:
         if content.stat().st_size > MAX_BYTES:
             raise BadSample("file is too large")
+        if not content.is_file():  # a link to a device
+            raise BadSample("file is absent or unreadable")
         return content.read_bytes()
     except (OSError, ValueError):  # ValueError: a name that no file can have
         raise BadSample("file is absent or unreadable") from None

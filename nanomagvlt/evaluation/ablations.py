@@ -18,7 +18,7 @@ from statistics import mean, median, stdev
 
 import torch
 
-from nanomagvlt.io import lock, write_json
+from nanomagvlt.io import lock, one_line_error, write_json
 
 COMMON = {"preset": "tiny", "text_length": 44}  # MixSel joins two captions, which need more positions than tiny has
 FULL = {"unroll_mask": True, "mixsel": "select"}
@@ -76,8 +76,9 @@ def fill(pool: Path, variants: list[str], seeds: int, updates: int, workers: int
     for seed in range(seeds):  # the outer loop: a pool that is cut short holds whole comparisons
         for variant in variants:
             config = pool / f"{variant}-{seed}" / "config.json"
-            if config.exists() and (steps := json.loads(config.read_text())["steps"]) != updates:
-                raise ValueError(f"--updates {updates}, but {config.parent} has {steps}: give another --pool")
+            with one_line_error(config, "give another --pool"):
+                if config.exists() and (steps := json.loads(config.read_text())["steps"]) != updates:
+                    raise ValueError(f"it has {steps} updates, not --updates {updates}")
             jobs += [job for job in jobs_of(pool.resolve(), variant, seed, updates) if job not in jobs]
     return work(jobs, workers, locked)
 
@@ -151,15 +152,18 @@ def read_pool(pool: Path) -> dict[str, dict[int, dict]]:
     """{variant: {seed: run}} from the files VARIANT-SEED.json; measurements also stand at the top level of a run. First
     writes these files for all measured runs of the pool: settings, validation losses, measurements."""
     for path in pool.glob("*/scenes.json"):
-        parts = {name: json.loads(file.read_text()) for name in ("config", "scenes", "edit", "bias")
-                 if (file := path.with_name(f"{name}.json")).exists()}
-        log = [json.loads(line) for line in path.with_name("log.jsonl").read_text().splitlines() if '"val_' in line]
+        with one_line_error(path.parent, "damaged"):
+            parts = {name: json.loads(file.read_text()) for name in ("config", "scenes", "edit", "bias")
+                     if (file := path.with_name(f"{name}.json")).exists()}
+            log = [json.loads(line) for line in path.with_name("log.jsonl").read_text().splitlines() if '"val_' in line]
         write_json(pool / f"{path.parent.name}.json", parts | {"log": log})
     runs = {variant: {} for variant in VARIANTS}
     for variant, by_seed in runs.items():
         for path in sorted(pool.glob(f"{variant}-[0-9]*.json"), key=lambda path: (len(path.name), path.name)):
-            run = json.loads(path.read_text())
-            by_seed[int(path.stem.rpartition("-")[2])] = run | run["scenes"] | run.get("edit", {}) | run.get("bias", {})
+            with one_line_error(path, "damaged"):
+                run = json.loads(path.read_text())
+                of_seed = run | run["scenes"] | run.get("edit", {}) | run.get("bias", {})
+            by_seed[int(path.stem.rpartition("-")[2])] = of_seed
     return runs
 
 

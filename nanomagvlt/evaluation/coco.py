@@ -37,7 +37,7 @@ from nanomagvlt.data.sources import BadSample, CaptionedImage, open_image, read_
 from nanomagvlt.evaluation.captions import score_captions, tokenize
 from nanomagvlt.evaluation.fid import (Inception, clip_score, frechet_distance, inception_features, inception_score,
                                        load_inception)
-from nanomagvlt.io import read_arrays, write_arrays, write_json
+from nanomagvlt.io import one_line_error, read_arrays, write_arrays, write_json
 from nanomagvlt.rng import keyed_generator
 from nanomagvlt.sampling import edit
 from nanomagvlt.sampling.clip import Judge, load_judge
@@ -141,7 +141,8 @@ def claim(folder: Path, settings: dict) -> None:
             raise ValueError(f"{folder} exists and has other content: give another --out")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
-    begun_with = as_json(Config()) | json.loads(path.read_text())  # a setting newer than the folder had its default
+    with one_line_error(path, "damaged"):  # a setting newer than the folder had its default
+        begun_with = as_json(Config()) | json.loads(path.read_text())
     for name, value in settings.items():
         if begun_with.get(name) != value:
             raise ValueError(f"{folder} was begun with {name} {begun_with.get(name)}, not {value}: give the same, or "

@@ -9,11 +9,11 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from nanomagvlt.config import CHOICES, PRESETS, Config, preset
-from nanomagvlt.io import first_line
 
 
 def explain(error: Exception) -> str:
@@ -22,8 +22,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, (ValueError, OSError)):
         return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else text
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
-        return ("out of memory, so give smaller batches (--micro-batch, --vq-batch, --num-samples): "
-                + first_line(text.rpartition("DefaultCPUAllocator: ")[2]))
+        return ("out of memory: smaller batches need less, see --micro-batch, --vq-batch, --num-samples "
+                f"({text.rpartition('DefaultCPUAllocator: ')[2].split('. ')[0]})")
     if any(name in text for name in ("InvalidCxxCompiler", "CppCompileError", "TritonMissing")):
         return "--compile true needs a C++ compiler, and on a GPU Triton: install it, or give --compile false"
     return ""
@@ -60,6 +60,13 @@ class Parser(argparse.ArgumentParser):
             if not (line := explain(error)):
                 raise
             self.error(line)
+
+
+def check_out(path: Path, flag: str = "--out") -> None:
+    """Raises ValueError if no file can be written there."""
+    if not path.parent.is_dir() or path.is_dir():
+        problem = "this is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise ValueError(f"{flag} {path}: {problem}")
 
 
 def positive(text: str) -> int:

@@ -121,9 +121,12 @@ class Log:
                     kept += [line] if line.endswith(b"\n") and json.loads(line)["step"] <= step else []
             with whole(path) as file:
                 file.writelines(kept)
-        self.file = open(path, "a", buffering=1)
+        self.path, self.file = path, open(path, "a", buffering=1)
 
     def write(self, **record) -> None:
         numbers = {name: round(value, 5) if math.isfinite(value) else None  # JSON has no NaN
                    for name, value in record.items() if isinstance(value, float)}
-        self.file.write(json.dumps(record | numbers) + "\n")
+        try:
+            self.file.write(json.dumps(record | numbers) + "\n")
+        except OSError as error:  # a full disk
+            raise OSError(error.errno, error.strerror, str(self.path)) from None

@@ -246,7 +246,8 @@ def refused(capsys, *flags: str) -> str:
 @pytest.mark.parametrize("flags, named", [
     ("--data nowhere", "nowhere"), ("--data shapes:tinny", "'tiny'"), ("--data d --val-data nowhere", "nowhere"),
     ("--data d --val-data empty", "empty"), ("--data d --vq-channels 6", "vq_groups"),
-    ("--cache c", "--vqgan"), ("--cache c --vqgan v.pt", "v.pt"), ("--cache c --val-data d", "val_data"),
+    ("--cache c", "c/train"), ("--data d --cache c", "--vqgan"), ("--data d --cache c --val-data d", "val_data"),
+    ("--data d --val-data bare", "bare"), ("--data d --vqgan v.pt", "v.pt"),
     ("--data d --bpe b.txt", "b.txt"), ("--data d --vq-vgg v.pth", "vq_lpips"),
     ("--data d --compile true", "--compile"), ("--data d --vq-attention 7", "vq_attention")])
 def test_what_a_run_lacks_is_found_before_work_begins(flags, named, pictures, monkeypatch, capsys):
@@ -254,6 +255,8 @@ def test_what_a_run_lacks_is_found_before_work_begins(flags, named, pictures, mo
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
     monkeypatch.setattr(torch, "compile", no_compiler)
     Path("empty").mkdir()
+    Path("bare").mkdir()
+    Path("bare/0.png").write_bytes(Path("d/0.png").read_bytes())
     assert named in refused(capsys, *flags.split())
 
 
@@ -290,7 +293,7 @@ def test_a_damaged_log_loses_its_damaged_lines_alone(tmp_path):
 @pytest.mark.parametrize("error, named", [
     (ValueError("--x 3 is too much"), "--x 3"), (OSError(28, "No space left on device", "runs/a"), "runs/a: No space"),
     (MemoryError("no"), "memory"), (torch.OutOfMemoryError("CUDA out of memory."), "--micro-batch"),
-    (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9 bytes"), ": can't allocate memory: 9 bytes"),
+    (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "can't allocate memory: 9 bytes"),
     (RuntimeError("TritonMissing: none"), "--compile"), (RuntimeError("a fault of this program"), "")])
 def test_errors_that_the_user_can_mend_are_one_line(error, named):
     line = cli.explain(error)
