@@ -91,7 +91,7 @@ class Config:
     steps: int = 10_000                      # updates; P 40,000
     batch_size: int = 16                     # pairs per update, of all processes together; P 4,096
     micro_batch: int = 0                     # pairs in one pass through the model; 0: the whole batch
-    precision: str = "fp32"                  # fp32, or bf16: matrix products in bfloat16 (on a GPU, sampling too)
+    precision: str = "fp32"                  # of matrix products: fp32, bf16 or fp16 (V100, T4); on a GPU, sampling too
     compile: bool = False                    # torch.compile: a slow start, then fewer and larger kernels
     lr: float = 1e-3                         # peak learning rate; P 4.5e-4
     decay_fraction: float = 0.3              # last share of the updates, in which lr falls to 0 as a cosine; P 1
@@ -231,7 +231,7 @@ LIMITS = {  # what a value must be, a test for it, and the fields
 CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"),
            "unroll_text": ("masked", "all"), "it2it_ratio": ("opposite", "same"),
            "fit": ("crop", "squeeze", "pad"),
-           "length_pass": ("own", "main"), "precision": ("fp32", "bf16"), "position_init": ("normal", "sincos"),
+           "length_pass": ("own", "main"), "precision": ("fp32", "bf16", "fp16"), "position_init": ("normal", "sincos"),
            "image_order": ORDERS, "text_order": ORDERS, "pair_text_order": ORDERS,
            "image_schedule": SCHEDULES, "text_schedule": SCHEDULES}
 

@@ -139,7 +139,7 @@ def test_parameters_are_counted_by_the_papers_formula(cfg):
 
 
 def test_a_bfloat16_model_gives_exact_log_probabilities_at_a_low_temperature(cfg):
-    """Against the product in float64 of the same states, at temperature 0.1. bfloat16 logits are off by 0.1 nats."""
+    """Against the product in float64 of the same states, at temperature 0.1. bfloat16 logits are off by up to 0.5."""
     model = MAGVLT(dataclasses.replace(cfg, width=256, codebook_size=2000, init_std=0.2)).to(torch.bfloat16).eval()
     states, rows = torch.randn(2, 8, 256).bfloat16(), slice(0, 2000)
     exact = model.head(states).double() @ model.token_table.weight[rows].double().T

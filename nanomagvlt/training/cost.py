@@ -24,10 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanomagvlt.config import Config
 from nanomagvlt.model import MAGVLT, num_parameters
+from nanomagvlt.objectives import DTYPE
 from nanomagvlt.sequence import KIND
 from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.training.distributed import rank, world_size
-from nanomagvlt.training.loop import optimizer_for
+from nanomagvlt.training.loop import optimizer_for, scaler_for
 from nanomagvlt.training.update import Parts, compiled_score, method_of, update_ema, update_model
 
 GIB = 2 ** 30
@@ -54,8 +55,8 @@ def medians(calls: list[Callable], device: torch.device, repeats: int, warm_up: 
 
 
 def matmul_flops(device: torch.device, precision: str) -> float:
-    """Operations a second in the product of two square matrices in "fp32" or "bf16": 8192 on a GPU, 1024 on a CPU."""
-    n, dtype = 8192 if device.type == "cuda" else 1024, torch.bfloat16 if precision == "bf16" else torch.float32
+    """Operations a second in the product of two square matrices in cfg.precision: 8192 on a GPU, 1024 on a CPU."""
+    n, dtype = 8192 if device.type == "cuda" else 1024, DTYPE[precision]
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
     return 2 * n ** 3 / medians([lambda: a @ b], device, 5)[0]
 
@@ -85,7 +86,7 @@ def flops_of_update(cfg: Config, task: str) -> int:
 
 
 def activation_bytes(cfg: Config, task: str, pairs: int) -> int:
-    """What one pass keeps for its backward pass, without weights but with their copies in bfloat16."""
+    """What one pass keeps for its backward pass, without weights but with their copies in half precision."""
     kept = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -149,6 +150,7 @@ def benchmark(cfg: Config, device: torch.device, updates: int) -> Iterator[str]:
     rate = world_size() * matmul_flops(device, cfg.precision)
     model = MAGVLT(cfg).to(device)
     averaged, optimizer = copy.deepcopy(model).requires_grad_(False), optimizer_for(model, cfg, cfg.lr)
+    scaler = scaler_for(cfg, device)
     score, steps = compiled_score(cfg), count()
     few = min(cfg.batch_size, 2 * (cfg.micro_batch or cfg.batch_size) * world_size())  # one would be another graph
     whole, short = (Parts(dataclasses.replace(cfg, batch_size=pairs), RandomPairs(cfg), BPE([]), device)
@@ -158,7 +160,7 @@ def benchmark(cfg: Config, device: torch.device, updates: int) -> Iterator[str]:
         """Its seconds."""
         synchronize(device)
         started = time.perf_counter()
-        update_model(model, optimizer, dataclasses.replace(parts.cfg, task_weights={task: 1.0}), parts, score,
+        update_model(model, optimizer, scaler, dataclasses.replace(parts.cfg, task_weights={task: 1.0}), parts, score,
                      next(steps))
         update_ema(averaged, model, cfg.ema)
         synchronize(device)

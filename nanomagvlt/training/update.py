@@ -71,18 +71,18 @@ class Parts:
         return list(zip(parts, batches))
 
 
-def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, parts: Parts, score: Callable,
-                 step: int) -> tuple[str, dict[str, torch.Tensor], float]:
+def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, cfg: Config,
+                 parts: Parts, score: Callable, step: int) -> tuple[str, dict[str, torch.Tensor], float]:
     """One update: its task, its loss terms (means over the batch), and the norm of the gradient.
 
-    score is compiled_score(). If the norm is not finite, no weight changes. All processes see the same norm, because
-    they have the same sum of gradients.
+    score is compiled_score(). If the norm is not finite, no weight changes, and the loss scale of fp16 is halved. All
+    processes see the same norm, because they have the same sum of gradients.
     """
     task, method, num_parts = draw_task(cfg, step), method_of(cfg), cfg.batch_size // parts.size
 
     def run_and_free(model, name: str, seq, targets) -> tuple[dict, dict]:
         terms, logits = method.run_pass(model, name, seq, targets, score)
-        (method.total_loss(cfg, **terms) / num_parts).backward()
+        scaler.scale(method.total_loss(cfg, **terms) / num_parts).backward()
         return {name: term.detach() for name, term in terms.items()}, logits
 
     for group in optimizer.param_groups:
@@ -96,9 +96,13 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, cfg: Config, p
         for name, term in terms.items():
             means[name] = means.get(name, 0.0) + term / num_parts
     distributed.all_reduce_sum([p.grad for p in model.parameters() if p.grad is not None] + list(means.values()))
+    scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()  # the only wait for the device
     if math.isfinite(norm):
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        scaler.update(scaler.get_scale() / 2)
     return task, means, norm
 
 

@@ -15,7 +15,7 @@ from nanomagvlt.config import preset
 from nanomagvlt.model import MAGVLT
 from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.training import update
-from nanomagvlt.training.loop import optimizer_for
+from nanomagvlt.training.loop import optimizer_for, scaler_for
 
 ROOT = Path(__file__).parents[2]
 EVERYTHING = dict(image_size=32, codebook_size=12, layers=1, width=16, heads=2, bpe_merges=0, bpe_dropout=0.1,
@@ -42,10 +42,10 @@ def trained(steps: int, score=None, **changes) -> tuple[MAGVLT, list]:
     """A small model after some updates, all of the method switched on; and their loss terms."""
     cfg = preset("tiny", **{**EVERYTHING, **changes})
     torch.manual_seed(0)
-    model = MAGVLT(cfg)
+    model, scaler = MAGVLT(cfg), scaler_for(cfg, torch.device("cpu"))
     optimizer, parts, history = optimizer_for(model, cfg, cfg.lr), update.Parts(cfg, Cache(), BPE([]), model.device), []
     for step in range(steps):
-        _, terms, _ = update.update_model(model, optimizer, cfg, parts, score or objectives.score_pass, step)
+        _, terms, _ = update.update_model(model, optimizer, scaler, cfg, parts, score or objectives.score_pass, step)
         history.append(terms)
     return model, history
 
@@ -88,7 +88,7 @@ def shared(folder: Path) -> None:
         if distributed.rank() == 1:
             original = objectives.total_loss
             objectives.total_loss = lambda cfg, **terms: original(cfg, **terms) * float("nan")
-        _, _, norm = update.update_model(model, optimizer_for(model, cfg, 1.0), cfg,
+        _, _, norm = update.update_model(model, optimizer_for(model, cfg, 1.0), scaler_for(cfg, model.device), cfg,
                                          update.Parts(cfg, Cache(), BPE([]), model.device), objectives.score_pass, 7)
         assert norm != norm and all(torch.equal(before[n], p) for n, p in model.state_dict().items())
         (folder / f"unchanged-{distributed.rank()}").touch()
@@ -129,8 +129,9 @@ def test_a_whole_run_compiles_at_most_six_graphs():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
 
 
-def test_bfloat16_is_for_matrices_only():
-    model, terms = trained(2, precision="bf16")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_for_matrices_only(precision):
+    model, terms = trained(2, precision=precision)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(term.dtype == torch.float32 for of_a_step in terms for term in of_a_step.values())
     _, exact = trained(2)
