@@ -247,13 +247,13 @@ PRESETS = {
                   task_weights={"t2i": 2.0, "i2t": 1.0, "it2it": 1.0}, unroll_mask=True, mixsel="select",
                   label_smoothing=0.1, batch_size=32, lr=5e-4, warmup=500, image_temperature=(1.0, 0.5),
                   image_noise=(1.0, 0.1)),
-    "base": dict(data="", image_size=256, text_length=64, text_bucket=64, bpe_merges=48_894, clean_captions=True,
+    "base": dict(data="", image_size=256, text_length=64, text_bucket=16, bpe_merges=48_894, clean_captions=True,
                  bpe_dropout=0.1, codebook_size=16_384, codebook_dim=256, vq_channels=128,
                  vq_multipliers=(1, 1, 2, 2, 4), vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32,
                  vq_patchwise=False, layers=24, width=1024, heads=8, dropout=0.1, init_std=0.02,
                  position_init="normal", length_positions=16, task_weights={"t2i": 8.0, "i2t": 1.0, "it2it": 1.0},
                  length_weight=0.01, length_pass="main", unroll_mask=True, mixsel="select", label_smoothing=0.1,
-                 save_every=200, steps=40_000, batch_size=4096, micro_batch=64, precision="bf16", compile=True,
+                 steps=40_000, batch_size=4096, micro_batch=64, precision="bf16", compile=True,
                  lr=4.5e-4, decay_fraction=1.0, warmup=1000, ema=0.9999, image_steps=10, image_temperature=(1.4, 0.6),
                  image_noise=(2.0, 0.2), text_steps=12, text_order="inverse"),
 }
@@ -269,8 +269,8 @@ DECODING = [f.name for f in dataclasses.fields(Config) if "decoding" in f.metada
 VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "vq_multipliers", "vq_res_blocks",
                 "vq_attention", "vq_latent", "vq_groups", "vq_patchwise")
 
-# Fields that may change when a run resumes. (Another micro_batch changes dropout, BPE dropout, MixSel's partners and
-# directions and, if the padded length changes, text masks.)
+# Fields that may change when a run resumes. (Another micro_batch changes dropout, MixSel's partners and directions
+# and, if the padded length changes, text masks.)
 PATHS = ("data", "val_data", "cache", "vqgan", "bpe")  # a run compares what is there, not where it is
 MAY_CHANGE = (*PATHS, "steps", "micro_batch", "compile", "log_every", "eval_every", "sample_every", "save_every",
               "eval_scenes")

@@ -14,7 +14,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -213,9 +213,9 @@ def rows_of_step(step: int, batch_size: int, num_items: int, seed: int) -> np.nd
 
 
 def encode_captions(bpe: BPE, captions: list[str], text_length: int, dropout: float = 0.0,
-                    key: tuple = ()) -> tuple[torch.Tensor, torch.Tensor]:
-    """text_tokens (B, T) and text_lengths (B,), long. BPE dropout depends on key and row in the batch."""
-    rngs = (random.Random(keyed_seed(*key, i)) if dropout else None for i in range(len(captions)))
+                    keys: Iterable[tuple] = repeat(())) -> tuple[torch.Tensor, torch.Tensor]:
+    """text_tokens (B, T) and text_lengths (B,), long. BPE dropout depends on the caption's key, one of keys (B)."""
+    rngs = (random.Random(keyed_seed(*key)) if dropout else None for key in keys)
     encoded = [bpe.pad(bpe.encode(caption, dropout, rng), text_length) for caption, rng in zip(captions, rngs)]
     return torch.tensor([ids for ids, _ in encoded]), torch.tensor([length for _, length in encoded])
 
@@ -223,9 +223,11 @@ def encode_captions(bpe: BPE, captions: list[str], text_length: int, dropout: fl
 def make_batch(cache: TokenCache, bpe: BPE, rows: np.ndarray, cfg, dropout: float = 0.0,
                key: tuple = ()) -> dict[str, torch.Tensor]:
     """A batch of rows (B,): image_tokens (B, N), tall_tokens and wide_tokens (B, N/2), text_tokens (B, T) and
-    text_lengths (B,). T is the longest caption of the batch, rounded up to a multiple of cfg.text_bucket."""
+    text_lengths (B,). T is the longest caption of the batch, rounded up to a multiple of cfg.text_bucket. BPE dropout
+    depends on key and row."""
     image_tokens, tall_tokens, wide_tokens = cache.tokens_of(rows)
-    text_tokens, text_lengths = encode_captions(bpe, cache.captions(rows), cfg.text_length, dropout, key)
+    keys = ((*key, int(row)) for row in rows)
+    text_tokens, text_lengths = encode_captions(bpe, cache.captions(rows), cfg.text_length, dropout, keys)
     length = -(-int(text_lengths.max()) // cfg.text_bucket) * cfg.text_bucket
     return {"image_tokens": image_tokens, "tall_tokens": tall_tokens, "wide_tokens": wide_tokens,
             "text_tokens": text_tokens[:, :length], "text_lengths": text_lengths}

@@ -69,19 +69,20 @@ def count_flops(call: Callable) -> int:
     return counter.get_total_flops()
 
 
-def empty_losses(cfg: Config, task: str, pairs: int) -> tuple[MAGVLT, Callable[[], torch.Tensor]]:
+def empty_losses(cfg: Config, task: str, pairs: int,
+                 text_length: int | None = None) -> tuple[MAGVLT, Callable[[], torch.Tensor]]:
     """Inside a FakeTensorMode: a model, and a function that computes its loss on pairs without content."""
-    model, n, t = MAGVLT(cfg), cfg.image_tokens, cfg.text_length
+    model, n, t = MAGVLT(cfg), cfg.image_tokens, text_length or cfg.text_length
     sizes = {"tall_tokens": (n // 2,), "wide_tokens": (n // 2,)} | {f"{piece}_lengths": () for piece in KIND}
     sizes |= {f"{piece}_tokens": (n if kind == "image" else t,) for piece, kind in KIND.items()}
     batch = {name: torch.zeros(pairs, *size, dtype=torch.long) for name, size in sizes.items()}
     return model, lambda: method_of(cfg).losses(model, task, batch, lambda _, *shape: torch.rand(pairs, *shape))[0]
 
 
-def flops_of_update(cfg: Config, task: str) -> int:
-    """Operations of one pair in an update of a task, forward and backward, with a caption of full length."""
+def flops_of_update(cfg: Config, task: str, text_length: int | None = None) -> int:
+    """Operations of one pair in an update of a task, forward and backward. None: a caption of full length."""
     with FakeTensorMode():
-        _, loss = empty_losses(cfg, task, pairs=2)  # MixSel needs two
+        _, loss = empty_losses(cfg, task, 2, text_length)  # MixSel needs two
         return count_flops(lambda: loss().backward()) // 2
 
 
@@ -109,14 +110,17 @@ def report(cfg: Config) -> str:
     """Parameters, operations and memory of a training run, as text."""
     with torch.device("meta"):
         parameters = num_parameters(MAGVLT(cfg))
-    update = cfg.batch_size * sum(share * flops_of_update(cfg, task) for task, share in cfg.task_shares.items())
+    least, most = (cfg.batch_size * sum(share * flops_of_update(cfg, task, length)
+                                        for task, share in cfg.task_shares.items())
+                   for length in (min(cfg.text_bucket, cfg.text_length), cfg.text_length))
     pairs = cfg.micro_batch or cfg.batch_size
     one, two = (max(activation_bytes(cfg, task, n) for task in cfg.task_shares) for n in (1, 2))
     state = (24 if world_size() > 1 else 20) * parameters  # several processes sum their gradients in one more copy
     activations = one + (pairs - 1) * (two - one)
     return "\n".join([
         f"parameters   {parameters:,}",
-        f"operations   {update / 1e15:.3g} PFLOP an update of {cfg.batch_size:,} pairs, {cfg.steps:,} updates",
+        f"operations   {most / 1e15:.3g} PFLOP an update of {cfg.batch_size:,} pairs, {least / 1e15:.3g} if the captions "
+        f"fill {cfg.text_bucket} positions; {cfg.steps:,} updates",
         f"memory       {(state + activations) / GIB:.3g} GiB, and leave a tenth free: {state / GIB:.3g} for weights, "
         f"gradients, moments and the average,\n             {activations / GIB:.3g} for {pairs} pairs at a time "
         f"({(two - one) / 2 ** 20:.0f} MiB each; a smaller --micro-batch needs less)",

@@ -5,7 +5,8 @@ is a mean over the part, and the update's gradient is the mean over the parts: s
 computes which part. Every pass is followed at once by its backward pass, so that the activations of one pass are in
 memory at a time; the gradient of a sum is the sum of the gradients.
 
-All randomness is a function of (seed, update, purpose, part): a resumed run equals the run that was not interrupted.
+All randomness is a function of (seed, update, purpose, row of the batch) or, for dropout, of the part: a resumed run
+equals the run that was not interrupted.
 Shapes: B the whole batch, b a part of it.
 """
 import math
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import torch
 
 from nanomagvlt import argvlt, objectives
@@ -32,9 +34,17 @@ def method_of(cfg: Config):
 
 
 def compiled_score(cfg: Config) -> Callable:
-    """score_pass() of the model's method, compiled if cfg.compile: all passes of an update go through it."""
-    score = method_of(cfg).score_pass
-    return torch.compile(score, fullgraph=True) if cfg.compile else score
+    """score_pass() of the model's method, compiled if cfg.compile: all passes of an update go through it.
+
+    A task has a graph for each padded length of its texts, and one for the length to which MixSel joins two of them.
+    Without a limit that allows all of them PyTorch raises at the ninth.
+    """
+    score, limits = method_of(cfg).score_pass, torch._dynamo.config
+    if not cfg.compile:
+        return score
+    limits.recompile_limit = max(8, 2 * len(cfg.task_shares) * math.ceil(cfg.text_length / cfg.text_bucket))
+    limits.accumulated_recompile_limit = max(256, limits.recompile_limit)
+    return torch.compile(score, fullgraph=True, dynamic=False)
 
 
 def draw_task(cfg: Config, step: int) -> str:
@@ -52,23 +62,38 @@ class Parts:
         self.size = cfg.micro_batch or cfg.batch_size
         self.thread, self.next = ThreadPoolExecutor(1), {}
 
-    def of_step(self, step: int) -> list[tuple[slice, dict[str, torch.Tensor]]]:
-        """[(its rows of the batch, its tensors)] on the device, as make_batch() makes them."""
+    def of_step(self, step: int) -> list[tuple[int, torch.Tensor, dict[str, torch.Tensor]]]:
+        """[(its number, its rows of the batch (b,), its tensors)] on the device, as make_batch() makes them."""
         ready: Future = self.next.pop(step, None) or self.thread.submit(self.make, step)
         self.next = {step + 1: self.thread.submit(self.make, step + 1)}
-        return [(part, {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()})
-                for part, batch in ready.result()]
+        parts = [(number, {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()})
+                 for number, batch in ready.result()]
+        return [(number, batch.pop("rows"), batch) for number, batch in parts]
 
-    def make(self, step: int) -> list[tuple[slice, dict[str, torch.Tensor]]]:
-        cfg, size = self.cfg, self.size
+    def make(self, step: int) -> list[tuple[int, dict[str, torch.Tensor]]]:
+        cfg, made = self.cfg, []
         rows = rows_of_step(step, cfg.batch_size, len(self.cache), cfg.seed)                         # (B,)
-        parts = [slice(i, i + size) for i in range(0, cfg.batch_size, size)]
-        parts = parts[distributed.rank()::distributed.world_size()]
-        batches = [make_batch(self.cache, self.bpe, rows[part], cfg, cfg.bpe_dropout,
-                              (cfg.seed, "bpe dropout", step, part.start)) for part in parts]
-        if self.device.type == "cuda":  # copies from pinned memory run while the GPU computes
-            batches = [{name: tensor.contiguous().pin_memory() for name, tensor in batch.items()} for batch in batches]
-        return list(zip(parts, batches))
+        parts = self.order(rows, step).reshape(-1, self.size)                                        # (parts, b)
+        for number in range(distributed.rank(), len(parts), distributed.world_size()):
+            batch = make_batch(self.cache, self.bpe, rows[parts[number]], cfg, cfg.bpe_dropout,
+                               (cfg.seed, "bpe dropout", step))
+            batch["rows"] = torch.from_numpy(parts[number])                                          # (b,)
+            if self.device.type == "cuda":  # copies from pinned memory run while the GPU computes
+                batch = {name: tensor.contiguous().pin_memory() for name, tensor in batch.items()}
+            made.append((number, batch))
+        return made
+
+    def order(self, rows: np.ndarray, step: int) -> np.ndarray:
+        """The rows of the batch in the order in which they are cut into parts, (B,): the same in all processes.
+
+        Where no text is scored, in t2i, they are sorted by the length of the captions: so a part has less padding. The
+        expected gradient stays the same, but MixSel joins captions of about equal length. Where text is scored, sorting
+        would give the tokens of short captions a greater weight, because a part's loss is a mean over its own tokens.
+        """
+        scores_text = self.cfg.model == "argvlt" or TASKS[draw_task(self.cfg, step)].length_of
+        if scores_text or self.size == len(rows):
+            return np.arange(len(rows))
+        return np.argsort([len(caption) for caption in self.cache.captions(rows)], kind="stable")
 
 
 def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, cfg: Config,
@@ -89,9 +114,9 @@ def update_model(model: MAGVLT, optimizer: torch.optim.Optimizer, scaler: torch.
         group["lr"] = learning_rate(step, cfg.lr, cfg.warmup, cfg.steps, cfg.decay_fraction)
     optimizer.zero_grad()
     means: dict[str, torch.Tensor] = {}
-    for part, batch in parts.of_step(step):
-        torch.manual_seed(keyed_seed(cfg.seed, "dropout", step, part.start))  # only dropout uses the global generator
-        rng = partial(batch_uniform, model.device, cfg.batch_size, part, cfg.seed, step)
+    for number, rows, batch in parts.of_step(step):
+        torch.manual_seed(keyed_seed(cfg.seed, "dropout", step, number * parts.size))  # dropout alone uses it
+        rng = partial(batch_uniform, model.device, cfg.batch_size, rows, cfg.seed, step)
         _, terms = method.losses(model, task, batch, rng, run_and_free)
         for name, term in terms.items():
             means[name] = means.get(name, 0.0) + term / num_parts
