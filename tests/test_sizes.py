@@ -15,7 +15,7 @@ def sizes() -> dict[str, tuple[int, int]]:
     return {"chapters 1 to 5": (count(*(package / f"{name}.py" for name in CHAPTERS)), 1025),
             "top of the package": (count(*package.glob("*.py")), 1690),
             "package and scripts": (count(*package.rglob("*.py"), *ROOT.glob("*.py"), *ROOT.glob("data/*.py")), 8000),
-            "tests": (count(*(ROOT / "tests").rglob("*.py")), 4700)}
+            "tests": (count(*(ROOT / "tests").rglob("*.py")), 4730)}
 
 
 def test_the_house_stays_small():

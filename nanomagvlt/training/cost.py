@@ -119,7 +119,7 @@ def report(cfg: Config) -> str:
     activations = one + (pairs - 1) * (two - one)
     return "\n".join([
         f"parameters   {parameters:,}",
-        f"operations   {most / 1e15:.3g} PFLOP an update of {cfg.batch_size:,} pairs, {least / 1e15:.3g} if the captions "
+        f"operations   {most / 1e15:.3g} PFLOP an update of {cfg.batch_size:,} pairs, {least / 1e15:.3g} if captions "
         f"fill {cfg.text_bucket} positions; {cfg.steps:,} updates",
         f"memory       {(state + activations) / GIB:.3g} GiB, and leave a tenth free: {state / GIB:.3g} for weights, "
         f"gradients, moments and the average,\n             {activations / GIB:.3g} for {pairs} pairs at a time "

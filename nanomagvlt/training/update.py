@@ -36,15 +36,15 @@ def method_of(cfg: Config):
 def compiled_score(cfg: Config) -> Callable:
     """score_pass() of the model's method, compiled if cfg.compile: all passes of an update go through it.
 
-    A task has a graph for each padded length of its texts, and one for the length to which MixSel joins two of them.
-    Without a limit that allows all of them PyTorch raises at the ninth.
+    PyTorch soon compiles graphs for all lengths of text, so there are about six. There is at most one for each shape: a
+    task has one for each padded length, and as many with MixSel. The limit allows them all: beyond it PyTorch raises.
     """
     score, limits = method_of(cfg).score_pass, torch._dynamo.config
     if not cfg.compile:
         return score
     limits.recompile_limit = max(8, 2 * len(cfg.task_shares) * math.ceil(cfg.text_length / cfg.text_bucket))
     limits.accumulated_recompile_limit = max(256, limits.recompile_limit)
-    return torch.compile(score, fullgraph=True, dynamic=False)
+    return torch.compile(score, fullgraph=True)
 
 
 def draw_task(cfg: Config, step: int) -> str:
