@@ -18,6 +18,7 @@ from nanomagvlt.data import shapes
 from nanomagvlt.evaluation import ablations, coco, small_world, speed
 from nanomagvlt.io import write_json
 from nanomagvlt.masking import ORDERS, SCHEDULES
+from nanomagvlt.objectives import DTYPE
 from nanomagvlt.sampling.pipeline import Pipeline, load_pipeline, pick_device
 from nanomagvlt.tokenizers.vqgan import VQGAN
 from nanomagvlt.training import checkpoint
@@ -102,7 +103,7 @@ def eval_speed(args) -> list[dict]:
     device, cfg, table = pick_device(args.device), preset(args.preset), []
     print(f"{args.preset}, {args.dtype}, {device} ({torch.get_num_threads()} CPU threads)"
           f"{', compiled' * args.compile}; medians of {args.repeats}\n{speed.HEAD}")
-    dtype, vqgan = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], VQGAN(cfg).to(device).eval()
+    dtype, vqgan = DTYPE[args.dtype], VQGAN(cfg).to(device).eval()
     for found in speed.compare(cfg, vqgan, device, dtype, args.batches, args.repeats, args.compile):
         print(speed.row(found), flush=True)
         table.append(found)
@@ -154,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
                        help="runs at a time, one thread each if several (default: one on each GPU, or CPU core)")
     group = parser.add_argument_group("for speed")
     group.add_argument("--preset", default="tiny", choices=PRESETS, help="the sizes (default tiny)")
-    group.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="of the weights (default fp32)")
+    group.add_argument("--dtype", default="fp32", choices=tuple(DTYPE), help="of the weights (default fp32)")
     group.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32],
                        metavar="N,N", help="batch sizes (default 1,8,32)")
     group.add_argument("--repeats", type=positive, default=5, help="timed rounds, after a warm-up (default 5)")

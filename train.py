@@ -38,13 +38,13 @@ from nanomagvlt.evaluation import small_world
 from nanomagvlt.io import lock, one_line_error, write_image, write_json
 from nanomagvlt.model import MAGVLT, num_parameters
 from nanomagvlt.rng import batch_uniform, keyed_generator, keyed_seed
-from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, pick_device
+from nanomagvlt.sampling.pipeline import Pipeline, contact_sheet, lacks_bf16, pick_device
 from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.tokenizers.vqgan import VQGAN
 from nanomagvlt.training import checkpoint, cost, distributed
 from nanomagvlt.training.cli import Parser, add_config_flags, config_from_args, explain, positive
 from nanomagvlt.training.distributed import print_rank0
-from nanomagvlt.training.loop import BAR, Clock, FiniteCheck, Interrupt, Log, Stopped, optimizer_for
+from nanomagvlt.training.loop import BAR, Clock, FiniteCheck, Interrupt, Log, Stopped, optimizer_for, scaler_for
 from nanomagvlt.training.train_vqgan import train_vqgan
 from nanomagvlt.training.update import Parts, compiled_score, method_of, update_ema, update_model
 
@@ -60,16 +60,16 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
     """
     model, bpe, device, is_first = pipeline.model, pipeline.bpe, pipeline.device, distributed.rank() == 0
     pipeline.model = averaged = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = optimizer_for(model, cfg, cfg.lr)
-    step, best, clock, is_finite = resume(run, model, averaged, optimizer, bpe)
+    optimizer, scaler = optimizer_for(model, cfg, cfg.lr), scaler_for(cfg, device)
+    step, best, clock, is_finite = resume(run, model, averaged, optimizer, scaler, bpe)
     print_rank0(f"model: {num_parameters(model):,} parameters on {len(caches['train']):,} pairs, "
                 f"{cfg.steps:,} updates of {cfg.batch_size}" + (f", going on at step {step:,}" if step else ""))
 
     def save(name: str) -> None:
         checkpoint.save(run / name, "magvlt", cfg, step=step, best=best, model=averaged.state_dict(),
                         vqgan=pipeline.vqgan.state_dict(), bpe=bpe.to_text(), trained=model.state_dict(),
-                        optimizer=optimizer.state_dict(), skipped=[is_finite.skipped, is_finite.in_a_row],
-                        **clock.read())
+                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                        skipped=[is_finite.skipped, is_finite.in_a_row], **clock.read())
 
     parts, score, recent = Parts(cfg, caches["train"], bpe, device), compiled_score(cfg), {}
     log = Log(run / "log.jsonl" if is_first else Path(os.devnull), step)
@@ -77,9 +77,9 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
                                            disable=not is_first, **BAR) as bar:
         while step < cfg.steps:
             with clock:  # counts updates only
-                task, terms, norm = update_model(model, optimizer, cfg, parts, score, step)
+                task, terms, norm = update_model(model, optimizer, scaler, cfg, parts, score, step)
                 step += 1
-                if is_finite(norm, step):
+                if is_finite(norm, step, scaler):
                     update_ema(averaged, model, min(cfg.ema, step / (step + 10)))  # about the last tenth of the updates
             bar.update()
             if step % cfg.log_every == 0:
@@ -108,7 +108,7 @@ def train_model(cfg: Config, run: Path, caches: dict[str, TokenCache], pipeline:
 
 
 def resume(run: Path, model: MAGVLT, averaged: MAGVLT, optimizer: torch.optim.Optimizer,
-           bpe: BPE) -> tuple[int, float, Clock, FiniteCheck]:
+           scaler: torch.amp.GradScaler, bpe: BPE) -> tuple[int, float, Clock, FiniteCheck]:
     """Restores everything from last.pt, if there is one: its step, the best validation loss, the clock, the check."""
     path = run / "last.pt"
     if not path.exists():
@@ -120,6 +120,7 @@ def resume(run: Path, model: MAGVLT, averaged: MAGVLT, optimizer: torch.optim.Op
         model.load_state_dict(state["trained"])
         averaged.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
         clock, check = Clock(state["seconds"], state["cpu_seconds"]), FiniteCheck(run, *state["skipped"])
         return state["step"], state["best"], clock, check
 
@@ -329,6 +330,8 @@ def start(cfg: Config, run: Path, device: torch.device, args) -> None:
     if num_parts % processes:
         raise ValueError(f"{processes} processes cannot share batches of {num_parts} parts: batch_size / micro_batch "
                          "must be a multiple of the number of processes")
+    if lacks_bf16(cfg, device) and not args.dry_run:
+        raise ValueError(f"{device} has no bfloat16: give --precision fp16")
     with torch.device("meta"):
         size = num_parameters(MAGVLT(cfg))
     threads = torch.get_num_threads()

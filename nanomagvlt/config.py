@@ -94,7 +94,7 @@ class Config:
     steps: int = 10_000                      # updates; P 40,000
     batch_size: int = 16                     # pairs per update, of all processes together; P 4,096
     micro_batch: int = 0                     # pairs in one pass through the model; 0: the whole batch
-    precision: str = "fp32"                  # fp32, or bf16: matrix products in bfloat16 (on a GPU, sampling too)
+    precision: str = "fp32"                  # of matrix products: fp32, bf16 or fp16 (V100, T4); on a GPU, sampling too
     compile: bool = False                    # torch.compile: a slow start, then fewer and larger kernels
     lr: float = 1e-3                         # peak learning rate; P 4.5e-4
     decay_fraction: float = 0.3              # last share of the updates, in which lr falls to 0 as a cosine; P 1
@@ -234,7 +234,7 @@ CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"),
            "unroll_step": ("fresh", "next", "confident"), "unroll_text": ("masked", "all"),
            "it2it_ratio": ("opposite", "same"),
            "fit": ("crop", "squeeze", "pad"),
-           "length_pass": ("own", "main"), "precision": ("fp32", "bf16"), "position_init": ("normal", "sincos"),
+           "length_pass": ("own", "main"), "precision": ("fp32", "bf16", "fp16"), "position_init": ("normal", "sincos"),
            "image_order": ORDERS, "text_order": ORDERS, "pair_text_order": ORDERS,
            "image_schedule": SCHEDULES, "text_schedule": SCHEDULES}
 
@@ -250,13 +250,13 @@ PRESETS = {
                   task_weights={"t2i": 2.0, "i2t": 1.0, "it2it": 1.0}, unroll_mask=True, mixsel="select",
                   label_smoothing=0.1, batch_size=32, lr=5e-4, warmup=500, image_temperature=(1.0, 0.5),
                   image_noise=(1.0, 0.1)),
-    "base": dict(data="", image_size=256, text_length=64, text_bucket=64, bpe_merges=48_894, clean_captions=True,
+    "base": dict(data="", image_size=256, text_length=64, text_bucket=16, bpe_merges=48_894, clean_captions=True,
                  bpe_dropout=0.1, codebook_size=16_384, codebook_dim=256, vq_channels=128,
                  vq_multipliers=(1, 1, 2, 2, 4), vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32,
                  vq_patchwise=False, layers=24, width=1024, heads=8, dropout=0.1, init_std=0.02,
                  position_init="normal", length_positions=16, task_weights={"t2i": 8.0, "i2t": 1.0, "it2it": 1.0},
                  length_weight=0.01, length_pass="main", unroll_mask=True, mixsel="select", label_smoothing=0.1,
-                 save_every=200, steps=40_000, batch_size=4096, micro_batch=64, precision="bf16", compile=True,
+                 steps=40_000, batch_size=4096, micro_batch=64, precision="bf16", compile=True,
                  lr=4.5e-4, decay_fraction=1.0, warmup=1000, ema=0.9999, image_steps=10, image_temperature=(1.4, 0.6),
                  image_noise=(2.0, 0.2), text_steps=12, text_order="inverse"),
 }
@@ -273,8 +273,8 @@ VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "v
                 "vq_attention", "vq_latent", "vq_groups", "vq_patchwise")
 
 PATHS = ("data", "val_data", "cache", "vqgan", "bpe")  # a run compares what is there, not where it is
-# Fields that may change when a run resumes. (Another micro_batch changes dropout, BPE dropout, MixSel's partners and
-# directions and, if the padded length changes, text masks.)
+# Fields that may change when a run resumes. (Another micro_batch changes dropout and, if the padded length changes, the
+# masks of texts.)
 MAY_CHANGE = (*PATHS, "steps", "micro_batch", "compile", "log_every", "eval_every", "sample_every", "save_every",
               "eval_scenes")
 

@@ -135,10 +135,12 @@ class MAGVLT(nn.Module):
     def logits(self, states: Tensor, kind: str) -> Tensor:
         """Logits of the tokens at positions of one kind, "image" or "text", from their states (B, N, D): (B, N, V).
 
-        Logits of all L positions over both vocabularies would make a base-size forward pass a fifth slower.
+        Logits of all L positions over both vocabularies would make a base-size forward pass a fifth slower. A model
+        with weights in bfloat16 has logits in float32, because sampling divides them by temperatures as low as 0.1.
         """
         rows = self.vocab.tokens[kind]
-        return F.linear(self.head(states), self.token_table.weight[rows], self.output_bias[rows])
+        weight, bias = self.token_table.weight[rows].float(), self.output_bias[rows].float()  # float32 is not copied
+        return F.linear(self.head(states).float(), weight, bias)                               # autocast still applies
 
     def length_logits(self, states: Tensor, seq: Sequence) -> Tensor:
         """Logits of the text's length from BOT's last state: (B, N_T). Class i is the length i + 1 (section 3.2)."""

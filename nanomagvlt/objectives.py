@@ -40,6 +40,7 @@ Terms = dict[str, Tensor]    # for each term of eq. 6, a scalar
 
 SCHEDULE = {"image": "cosine", "text": "linear"}  # gamma in training (section 3.1)
 MAIN_TERM = "mask"           # validations are compared by it
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products, by cfg.precision
 
 
 def total_loss(cfg, mask: Tensor | float = 0.0, length: Tensor | float = 0.0, unroll: Tensor | float = 0.0,
@@ -115,8 +116,8 @@ def score_pass(model, seq: Sequence, targets: Batch) -> tuple[Tensor, Tensor | N
 
 
 def autocast(cfg, device: torch.device) -> torch.autocast:
-    """With cfg.precision "bf16" matrix products are in bfloat16; weights, residuals and losses stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    """With cfg.precision "bf16" or "fp16" matrix products are in it; weights, residuals and losses stay in float32."""
+    return torch.autocast(device.type, DTYPE[cfg.precision], enabled=cfg.precision != "fp32")
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, is_masked: Tensor, smoothing: float) -> Tensor:

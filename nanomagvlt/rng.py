@@ -25,8 +25,8 @@ def keyed_generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(keyed_seed(*key))
 
 
-def batch_uniform(device: torch.device, batch_size: int, part: slice, seed: int, step: int | str, purpose: str,
-                  *shape: int) -> Tensor:
+def batch_uniform(device: torch.device, batch_size: int, part: slice | Tensor, seed: int, step: int | str,
+                  purpose: str, *shape: int) -> Tensor:
     """Uniform numbers in [0, 1), drawn as (B, *shape) for the whole batch and cut to the rows `part`: (b, *shape).
 
     They depend on seed, step (an update, or a name such as "val 0") and purpose. They are drawn on the device, so that

@@ -15,7 +15,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -252,9 +252,9 @@ def shorten(caption: str, text_length: int) -> str:
 
 
 def encode_captions(bpe: BPE, captions: list[str], text_length: int, dropout: float = 0.0,
-                    key: tuple = ()) -> tuple[torch.Tensor, torch.Tensor]:
-    """text_tokens (B, T) and text_lengths (B,), long. BPE dropout depends on key and row in the batch."""
-    rngs = (random.Random(keyed_seed(*key, i)) if dropout else None for i in range(len(captions)))
+                    keys: Iterable[tuple] = repeat(())) -> tuple[torch.Tensor, torch.Tensor]:
+    """text_tokens (B, T) and text_lengths (B,), long. BPE dropout depends on the caption's key, one of keys (B)."""
+    rngs = (random.Random(keyed_seed(*key)) if dropout else None for key in keys)
     encoded = [bpe.pad(bpe.encode(shorten(caption, text_length), dropout, rng), text_length)
                for caption, rng in zip(captions, rngs)]
     return torch.tensor([ids for ids, _ in encoded]), torch.tensor([length for _, length in encoded])
@@ -263,22 +263,22 @@ def encode_captions(bpe: BPE, captions: list[str], text_length: int, dropout: fl
 def make_batch(cache: TokenCache, bpe: BPE, rows: np.ndarray, cfg, dropout: float = 0.0,
                key: tuple = ()) -> dict[str, torch.Tensor]:
     """A batch of rows (B,): image_tokens (B, N), text_tokens (B, T) and text_lengths (B,). T is the longest caption of
-    the batch, rounded up to a multiple of cfg.text_bucket.
+    the batch, rounded up to a multiple of cfg.text_bucket. Random choices depend on key and row.
 
-    For MixSel also joined_image_tokens (B, N), one of the two pictures that join the image with its partner's, drawn by
-    key; is_stacked (B,), whether it is top|bottom; is_first (B,), whether the own image is left or top; and the
+    For MixSel also joined_image_tokens (B, N), one of the two pictures that join the image with its partner's, drawn at
+    random; is_stacked (B,), whether it is top|bottom; is_first (B,), whether the own image is left or top; and the
     partner's caption, other_text_tokens (B, T) and other_text_lengths (B,)."""
     batch, captions_of = {"image_tokens": cache.tokens_of(rows)[0]}, {"text": rows}
     if cfg.mixsel != "off":
         partners = rows + cache.partners[rows]                                                       # (B,)
-        drawn = torch.rand(len(rows), generator=keyed_generator(*key, "picture")).numpy() < 0.5      # (B,)
-        pictures = np.where(drawn, rows, partners)                                                   # (B,)
+        is_own = [random.Random(keyed_seed(*key, "picture", int(row))).random() < 0.5 for row in rows]
+        pictures = np.where(is_own, rows, partners)                                                  # (B,)
         batch |= {"joined_image_tokens": cache.tokens_of(pictures)[1], "is_first": torch.from_numpy(rows <= partners),
                   "is_stacked": torch.from_numpy(cache.partners[pictures] < 0)}
         captions_of["other_text"] = partners
     for name, of in captions_of.items():
         batch[f"{name}_tokens"], batch[f"{name}_lengths"] = encode_captions(
-            bpe, cache.captions(of), cfg.text_length, dropout, key if name == "text" else (*key, name))
+            bpe, cache.captions(of), cfg.text_length, dropout, ((*key, name, int(row)) for row in rows))
     longest = max(int(batch[f"{name}_lengths"].max()) for name in captions_of)
     length = -(-longest // cfg.text_bucket) * cfg.text_bucket
     return batch | {f"{name}_tokens": batch[f"{name}_tokens"][:, :length] for name in captions_of}

@@ -20,6 +20,7 @@ from nanomagvlt.config import Config
 from nanomagvlt.data.cache import encode_captions, to_images, to_pixels
 from nanomagvlt.decoding import SamplingConfig, Step, blank, sampling_config
 from nanomagvlt.model import MAGVLT
+from nanomagvlt.objectives import DTYPE
 from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.tokenizers.vqgan import VQGAN
 from nanomagvlt.training import checkpoint, pretrained
@@ -177,9 +178,16 @@ def load_pipeline(path: str | Path, device: str = "auto", bpe_file: str | Path =
     else:
         model, vqgan, bpe = checkpoint.load_magvlt(path)
     device = pick_device(device)
-    # A model trained in bfloat16 samples in it, on a GPU. The VQ-GAN stays in float32: its nearest codes would change.
-    dtype = torch.bfloat16 if model.cfg.precision == "bf16" and device.type == "cuda" else torch.float32
+    # A model trained in half precision samples in it, on a GPU that has it. The VQ-GAN stays in float32: its nearest
+    # codes would change.
+    dtype = DTYPE[model.cfg.precision] if device.type == "cuda" and not lacks_bf16(model.cfg, device) else torch.float32
     return Pipeline(model.to(device, dtype), vqgan.to(device), bpe, model.cfg)
+
+
+def lacks_bf16(cfg: Config, device: torch.device) -> bool:
+    """Whether cfg.precision is bf16 and the device is a GPU without it (V100, T4), which would emulate it slowly."""
+    return (cfg.precision == "bf16" and device.type == "cuda"
+            and not torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def pick_device(name: str) -> torch.device:

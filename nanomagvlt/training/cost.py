@@ -24,10 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanomagvlt.config import Config
 from nanomagvlt.model import MAGVLT, num_parameters
+from nanomagvlt.objectives import DTYPE
 from nanomagvlt.sequence import KIND
 from nanomagvlt.tokenizers.bpe import BPE
 from nanomagvlt.training.distributed import rank, world_size
-from nanomagvlt.training.loop import optimizer_for
+from nanomagvlt.training.loop import optimizer_for, scaler_for
 from nanomagvlt.training.update import Parts, compiled_score, method_of, update_ema, update_model
 
 GIB = 2 ** 30
@@ -54,8 +55,8 @@ def medians(calls: list[Callable], device: torch.device, repeats: int, warm_up: 
 
 
 def matmul_flops(device: torch.device, precision: str) -> float:
-    """Operations a second in the product of two square matrices in "fp32" or "bf16": 8192 on a GPU, 1024 on a CPU."""
-    n, dtype = 8192 if device.type == "cuda" else 1024, torch.bfloat16 if precision == "bf16" else torch.float32
+    """Operations a second in the product of two square matrices in cfg.precision: 8192 on a GPU, 1024 on a CPU."""
+    n, dtype = 8192 if device.type == "cuda" else 1024, DTYPE[precision]
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
     return 2 * n ** 3 / medians([lambda: a @ b], device, 5)[0]
 
@@ -68,9 +69,10 @@ def count_flops(call: Callable) -> int:
     return counter.get_total_flops()
 
 
-def empty_losses(cfg: Config, task: str, pairs: int) -> tuple[MAGVLT, Callable[[], torch.Tensor]]:
+def empty_losses(cfg: Config, task: str, pairs: int,
+                 text_length: int | None = None) -> tuple[MAGVLT, Callable[[], torch.Tensor]]:
     """Inside a FakeTensorMode: a model, and a function that computes its loss on pairs without content."""
-    model, n, t = MAGVLT(cfg), cfg.image_tokens, cfg.text_length
+    model, n, t = MAGVLT(cfg), cfg.image_tokens, text_length or cfg.text_length
     sizes = {"joined_image_tokens": (n,), "other_text_tokens": (t,), "other_text_lengths": ()}
     sizes |= {f"{piece}_lengths": () for piece in KIND}
     sizes |= {f"{piece}_tokens": (n if kind == "image" else t,) for piece, kind in KIND.items()}
@@ -79,15 +81,15 @@ def empty_losses(cfg: Config, task: str, pairs: int) -> tuple[MAGVLT, Callable[[
     return model, lambda: method_of(cfg).losses(model, task, batch, lambda _, *shape: torch.rand(pairs, *shape))[0]
 
 
-def flops_of_update(cfg: Config, task: str) -> int:
-    """Operations of one pair in an update of a task, forward and backward, with a caption of full length."""
+def flops_of_update(cfg: Config, task: str, text_length: int | None = None) -> int:
+    """Operations of one pair in an update of a task, forward and backward. None: a caption of full length."""
     with FakeTensorMode():
-        _, loss = empty_losses(cfg, task, pairs=2)  # MixSel needs two
+        _, loss = empty_losses(cfg, task, 2, text_length)  # MixSel needs two
         return count_flops(lambda: loss().backward()) // 2
 
 
 def activation_bytes(cfg: Config, task: str, pairs: int) -> int:
-    """What one pass keeps for its backward pass, without weights but with their copies in bfloat16."""
+    """What one pass keeps for its backward pass, without weights but with their copies in half precision."""
     kept = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -110,14 +112,17 @@ def report(cfg: Config) -> str:
     """Parameters, operations and memory of a training run, as text."""
     with torch.device("meta"):
         parameters = num_parameters(MAGVLT(cfg))
-    update = cfg.batch_size * sum(share * flops_of_update(cfg, task) for task, share in cfg.task_shares.items())
+    least, most = (cfg.batch_size * sum(share * flops_of_update(cfg, task, length)
+                                        for task, share in cfg.task_shares.items())
+                   for length in (min(cfg.text_bucket, cfg.text_length), cfg.text_length))
     pairs = cfg.micro_batch or cfg.batch_size
     one, two = (max(activation_bytes(cfg, task, n) for task in cfg.task_shares) for n in (1, 2))
     state = (24 if world_size() > 1 else 20) * parameters  # several processes sum their gradients in one more copy
     activations = one + (pairs - 1) * (two - one)
     return "\n".join([
         f"parameters   {parameters:,}",
-        f"operations   {update / 1e15:.3g} PFLOP an update of {cfg.batch_size:,} pairs, {cfg.steps:,} updates",
+        f"operations   {most / 1e15:.3g} PFLOP an update of {cfg.batch_size:,} pairs, {least / 1e15:.3g} if captions "
+        f"fill {cfg.text_bucket} positions; {cfg.steps:,} updates",
         f"memory       {(state + activations) / GIB:.3g} GiB, and leave a tenth free: {state / GIB:.3g} for weights, "
         f"gradients, moments and the average,\n             {activations / GIB:.3g} for {pairs} pairs at a time "
         f"({(two - one) / 2 ** 20:.0f} MiB each; a smaller --micro-batch needs less)",
@@ -151,6 +156,7 @@ def benchmark(cfg: Config, device: torch.device, updates: int) -> Iterator[str]:
     rate = world_size() * matmul_flops(device, cfg.precision)
     model = MAGVLT(cfg).to(device)
     averaged, optimizer = copy.deepcopy(model).requires_grad_(False), optimizer_for(model, cfg, cfg.lr)
+    scaler = scaler_for(cfg, device)
     score, steps = compiled_score(cfg), count()
     few = min(cfg.batch_size, 2 * (cfg.micro_batch or cfg.batch_size) * world_size())  # one would be another graph
     whole, short = (Parts(dataclasses.replace(cfg, batch_size=pairs), RandomPairs(cfg), BPE([]), device)
@@ -160,7 +166,7 @@ def benchmark(cfg: Config, device: torch.device, updates: int) -> Iterator[str]:
         """Its seconds."""
         synchronize(device)
         started = time.perf_counter()
-        update_model(model, optimizer, dataclasses.replace(parts.cfg, task_weights={task: 1.0}), parts, score,
+        update_model(model, optimizer, scaler, dataclasses.replace(parts.cfg, task_weights={task: 1.0}), parts, score,
                      next(steps))
         update_ema(averaged, model, cfg.ema)
         synchronize(device)

@@ -41,17 +41,18 @@ class Clock:
 class FiniteCheck:
     """Tests whether an update's gradient norm is finite; one that is not has changed no weight, and counts as skipped.
 
-    After three in a row the run has diverged: it raises ValueError. last.pt is sound all the same.
+    After three in a row the run has diverged: it raises ValueError. last.pt is sound all the same. In fp16 the update
+    also halves the loss scale, which was too large; so such updates are counted in a row only when it is down to 1.
     """
 
     def __init__(self, run: Path, skipped: int = 0, in_a_row: int = 0):
         self.run, self.skipped, self.in_a_row = run, skipped, in_a_row
 
-    def __call__(self, norm: float, step: int) -> bool:
+    def __call__(self, norm: float, step: int, scaler: torch.amp.GradScaler) -> bool:
         if math.isfinite(norm):
             self.in_a_row = 0
             return True
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + (scaler.get_scale() <= 1)  # 1 without fp16
         if self.in_a_row == MAX_SKIPPED:
             raise ValueError(f"the gradients of {MAX_SKIPPED} updates in a row, up to step {step:,}, were not finite: "
                              f"{self.run / 'last.pt'} is sound; try a smaller --lr, under another --name")
@@ -105,6 +106,11 @@ def optimizer_for(model: torch.nn.Module, cfg: Config, lr: float) -> torch.optim
     rest = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
     return torch.optim.AdamW([{"params": decayed, "weight_decay": cfg.weight_decay},
                               {"params": rest, "weight_decay": 0.0}], lr=lr, betas=cfg.betas, fused=True)
+
+
+def scaler_for(cfg: Config, device: torch.device) -> torch.amp.GradScaler:
+    """Scales the loss in fp16, so that small gradients do not become 0. In other precisions it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
 
 
 class Log:

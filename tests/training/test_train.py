@@ -340,6 +340,35 @@ def test_updates_that_are_not_finite_change_nothing_and_three_in_a_row_end_the_r
     assert all(p.isfinite().all() for p in trained.values())
 
 
+def test_fp16_lowers_a_loss_scale_that_is_too_large_and_resumes_exactly(tmp_path, monkeypatch):
+    """It starts so large that over three updates in a row are skipped: no divergence. Ctrl-C in the second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "scaler_for", lambda *args: torch.amp.GradScaler("cpu", init_scale=2.0 ** 20))
+    flags = "--precision", "fp16", "--eval-scenes", "0"
+    straight = content(run(*flags))
+    log = [json.loads(line) for line in straight["log.jsonl"].splitlines()]
+    skipped = [line["skipped"] for line in log if "task" in line]
+    assert skipped[3] == 4 and skipped[5] < 6 and straight["last.pt"]["scaler"]["scale"] == 2.0 ** (20 - skipped[5])
+    for name in ("last.pt", "log.jsonl"):
+        (Path("runs/micro") / name).unlink()
+
+    def with_ctrl_c(*args, original=train.update_model):
+        if args[-1] == 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "update_model", with_ctrl_c)
+        run(*flags)
+    assert equal(straight, content(run(*flags)))
+
+
+def test_a_gpu_without_bfloat16_is_told_of_fp16(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert "--precision fp16" in refused(capsys, "--precision", "bf16")
+
+
 def test_a_dry_run_says_what_it_costs_and_does_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main([*SMALL, "--dry-run"])
