@@ -80,9 +80,9 @@ class Config:
     length_positions: int = 1                # masked positions in a text's place when its length is predicted; R 16
     unroll_mask: bool = False                # UnrollMask (section 3.3): one more pass, not in IT2IT; P true
     unroll_weight: float = 1.0               # lambda_UM; P 1
-    unroll_step: str = "fresh"               # UnrollMask's second mask: fresh, next or confident (see chapter 4)
+    unroll_step: str = "confident"           # UnrollMask's second mask: fresh, next or confident (see chapter 4)
     unroll_temperature: float = 1.0          # at which UnrollMask's guesses are sampled
-    unroll_top_k: int = 0                    # ... among this many likeliest tokens; 0: among all
+    unroll_top_k: int = 32                   # ... among this many likeliest tokens; 0: among all
     unroll_text: str = "masked"              # text positions that UnrollMask may mask again: masked (before), or all
     mixsel: str = "off"                      # MixSel (section 3.4): off, select, or random (the control); P select
     mixsel_weight: float = 0.5               # lambda_MS; P 0.5

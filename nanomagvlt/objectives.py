@@ -167,7 +167,8 @@ def remask(task: str, batch: Batch, masks: Masks, p: Tensor, rng: Rng, cfg) -> M
 
       fresh      floor(gamma(r') x the number masked before), with a new r', at random (figure 3)
       next       as many as decoding leaves masked one of its K steps later, ceil(gamma(r + 1/K) N), at random
-      confident  as many as next, where p is lowest, as decoding does
+      confident  as many as next, where p is lowest, as decoding does. It costs drawings least in the small world (exact
+                 at equal updates 0.79, next 0.75, fresh 0.63, without UnrollMask 0.82; data/results/unroll.md)
     """
     (piece,) = TASKS[task].generates
     before, allowed, kind = masks[piece].sum(1), maskable(task, batch)[piece], KIND[piece]           # (B,), (B, N)

@@ -173,7 +173,7 @@ def as_example(key: str, captions: list[str], image: Image.Image, side: int, fit
 
 
 def check_bad_share(source: str, counts: Counts) -> None:
-    """Raises ValueError if there is no good sample, more than 5% are bad, or more captions stand alone than are good."""
+    """Raises ValueError if no sample is good, more than 5% are bad, or more captions have no image than are good."""
     good, total, least = counts.get("good", (0, ""))[0], num_samples(counts), 1 - MAX_BAD_SHARE
     if good == 0 or total - good > MAX_BAD_SHARE * total or counts.get("no image", (0, ""))[0] > good:
         raise ValueError(f"{source}: {good} of {total} samples are good, {least:.0%} must be{left_out(counts)}")
