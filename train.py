@@ -230,7 +230,8 @@ def get_bpe(cfg: Config, run: Path, cache: TokenCache) -> BPE:
         bpe.save(path)
         print(f"bpe: {len(bpe.merges)} merges trained on {len(cache):,} captions -> {path}")
     some = cache.captions(np.linspace(0, len(cache) - 1, min(2000, len(cache))).astype(int))
-    if cut := sum(len(bpe.encode(shorten(caption, cfg.text_length))) >= cfg.text_length for caption in some) / len(some):
+    lengths = [len(bpe.encode(shorten(caption, cfg.text_length))) for caption in some]
+    if cut := sum(length >= cfg.text_length for length in lengths) / len(some):
         print(f"captions: {cut:.1%} do not fit {cfg.text_length} tokens and are cut: see --text-length, --bpe-merges")
     return bpe
 

@@ -340,8 +340,10 @@ def _tar_files(shard: str) -> Iterator[File]:
                 key, _, suffix = name.partition(".")  # a key ends at the first dot, as in webdataset
                 if key and not member.isdir():        # without key: a hidden file
                     content = BadSample("file is too large" if member.isfile() else "a link, not a file")
-                    if member.isfile() and member.size <= MAX_BYTES and len(content := tar.fileobj.read(member.size)) < member.size:
-                        raise tarfile.ReadError("the shard ends within this file")
+                    if member.isfile() and member.size <= MAX_BYTES:
+                        content = tar.fileobj.read(member.size)
+                        if len(content) < member.size:
+                            raise tarfile.ReadError("the shard ends within this file")
                     before, group = group, os.path.join(shard, folder, key)
                     if group != before and group in groups:
                         apart.add(group)
