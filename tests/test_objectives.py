@@ -198,7 +198,7 @@ def test_length_counts_from_one_and_its_own_pass_does_not_show_it(length_pass, c
 @pytest.mark.parametrize("step", ["fresh", "next", "confident"])
 @pytest.mark.parametrize("task, everywhere", [("t2i", False), ("i2t", False), ("i2t", True)])
 def test_fewer_positions_are_masked_again_among_those_masked_before(task, everywhere, step, cfg):
-    """fresh: gamma(r') of those masked before; next and confident: gamma(r + 1/K) of all; confident: the unlikeliest."""
+    """fresh: gamma(r') of those masked before. next, confident: gamma(r + 1/K) of all. confident: the least likely."""
     rows, n = 2000, 16
     cfg.unroll_text, cfg.unroll_step, cfg.image_steps, cfg.text_steps = "all" if everywhere else "masked", step, 10, 10
     r = torch.arange(rows, dtype=torch.float64) / rows

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from nanomagvlt.data import sources
-from nanomagvlt.data.sources import Example, as_example, open_image, pieces_of, random_crop, read_caption_file, read_examples, usable
+from nanomagvlt.data.sources import (Example, as_example, open_image, pieces_of, random_crop, read_caption_file,
+                                     read_examples, usable)
 from nanomagvlt.tokenizers.bpe import BPE
 
 
@@ -314,7 +315,8 @@ def test_crops_depend_on_seed_and_key():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), dtype=np.uint8))
 
     def views(key, seed, crops=3):
-        return [pair.image.tobytes() for pair in pairs_of([as_example(key, ["a", "b"], noise, 32, "crop", crops, seed)])]
+        example = as_example(key, ["a", "b"], noise, 32, "crop", crops, seed)
+        return [pair.image.tobytes() for pair in pairs_of([example])]
     assert views("k", 0) == views("k", 0) and views("k", 0)[:4] == views("k", 0, 2)
     assert len(set(views("k", 0) + views("k", 1) + views("j", 0))) == 9
     assert [pair.caption for pair in pairs_of([as_example("k", ["a", "b"], noise, 32, "crop", 2)])] == ["a", "b"] * 2
