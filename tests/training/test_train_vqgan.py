@@ -59,7 +59,7 @@ def test_a_checkpoint_without_optimizer_or_of_other_sizes_is_refused(tmp_path):
 
 def test_the_vqgan_also_learns_from_joined_images():
     cfg = preset("micro", **SMALL)
-    images = train_vqgan.vqgan_images(cfg, examples(cfg))                                             # 8 images, 4 joined
+    images = train_vqgan.vqgan_images(cfg, examples(cfg))  # 8 images, 4 joined
     first, second, third, *_ = examples(cfg)
     assert images.shape == (12, 32, 32, 3) and all((a == b.views[0]).all() for a, b in zip(images, examples(cfg)))
     assert (images[8][:16] == first.wide).all() and (images[8][16:] == second.wide).all()
