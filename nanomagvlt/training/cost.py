@@ -84,8 +84,8 @@ def empty_losses(cfg: Config, task: str, pairs: int,
 def flops_of_update(cfg: Config, task: str, text_length: int | None = None) -> int:
     """Operations of one pair in an update of a task, forward and backward. None: a caption of full length."""
     with FakeTensorMode():
-        _, loss = empty_losses(cfg, task, 2, text_length)  # MixSel needs two
-        return count_flops(lambda: loss().backward()) // 2
+        _, loss = empty_losses(cfg, task, 1, text_length)
+        return count_flops(lambda: loss().backward())
 
 
 def activation_bytes(cfg: Config, task: str, pairs: int) -> int:
