@@ -49,7 +49,7 @@ def test_a_cache_holds_the_tokens_and_captions_of_its_examples(cfg, vqgan, examp
 
 
 def encoded(vqgan, images: list[np.ndarray]) -> torch.Tensor:
-    return torch.cat([vqgan.encode(to_pixels(image[None])) for image in images])
+    return torch.cat([vqgan.encode(to_pixels(np.stack([image]))) for image in images])
 
 
 @pytest.mark.parametrize("count, crops", [(70, 0), (7, 3), (1, 2)])
