@@ -81,7 +81,7 @@ def add_config_flags(parser: Parser, names: list[str] | None = None) -> None:
     comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
     if names is None:
         parser.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default tiny)")
-    group = parser.add_argument_group("settings (P: the paper's)")
+    group = parser.add_argument_group("settings (P: the paper's, R: the authors' released code's)")
     for field in dataclasses.fields(Config):
         if field.name in names if names else field.name != "text_vocab":  # which follows from the merges
             group.add_argument("--" + field.name.replace("_", "-"), type=reader(field.type),
