@@ -270,7 +270,7 @@ def take_from_inputs(args) -> None:
     """Adds the settings that a given cache, VQ-GAN and merges determine. Raises ValueError if a flag contradicts."""
     given = vars(args)  # only flags that were given are in it
     if given.get("cache") and "data" not in given:  # the data are the cache's, and can be judged if they are shapes
-        source = str(TokenCache(Path(args.cache, "train")).meta["source"])
+        source = str(TokenCache(Path(args.cache, "train")).meta.get("source", ""))
         args.data = source if source.startswith("shapes:") and "," not in source else ""
     if given.get("vqgan"):
         theirs = checkpoint.load(args.vqgan, "vqgan")["config"]

@@ -44,6 +44,8 @@ def prepare(args) -> None:
                 "seed": args.seed, "clean_captions": args.clean_captions, "fit": args.fit or vqgan.cfg.fit}
     if args.crops and settings["fit"] != "crop":
         raise ValueError(f"--crops cuts out squares, and does not go with fit {settings['fit']}")
+    if args.crops > 255:
+        raise ValueError(f"--crops {args.crops}: a cache holds at most 255 crops of an image")
     paths = cache.part_paths(args.out, pieces, settings)
     if cache.is_made(args.out, paths):
         cache.remove_parts(paths)  # of a process that was killed while it removed them

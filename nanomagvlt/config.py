@@ -17,7 +17,7 @@ from nanomagvlt.sequence import TASKS
 
 
 def decoding(default):
-    """A field that only sampling reads, so that it can change after training. DECODING lists these fields."""
+    """A field of sampling, which can change after training. (UnrollMask, too, reads K.) DECODING lists these fields."""
     return field(default=default, metadata={"decoding": True})
 
 

@@ -33,10 +33,12 @@ def whole(path: Path) -> Iterator:
     """
     ours = f"{path.name}.{platform.node()}-"
     for unfinished in path.parent.glob(f"{glob.escape(ours)}*.tmp"):
-        with contextlib.suppress(ProcessLookupError, ValueError):
-            os.kill(int(unfinished.name.removeprefix(ours).removesuffix(".tmp")), 0)  # an error: it was killed here
-            continue
-        unfinished.unlink(missing_ok=True)
+        try:
+            os.kill(int(unfinished.name.removeprefix(ours).removesuffix(".tmp")), 0)
+        except ProcessLookupError:  # the process that wrote it was killed
+            unfinished.unlink(missing_ok=True)
+        except (PermissionError, OverflowError, ValueError):  # another user's process, or not a file of ours
+            pass
     temporary = path.with_name(f"{ours}{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

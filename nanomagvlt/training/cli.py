@@ -3,6 +3,7 @@
 `width` is `--width`, `vq_steps` is `--vq-steps`. The comment behind a field of config.py is the flag's help.
 """
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -39,7 +40,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that has not all characters
+        with contextlib.suppress(AttributeError):  # a notebook's output has no encoding
+            sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that has not all characters
         flags = [flag for action in self._actions for flag in action.option_strings]
         for word in (text.split("=")[0] for text in (sys.argv[1:] if argv is None else argv)):
             if word.startswith("--") and word not in flags:

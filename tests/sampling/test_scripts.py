@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -197,6 +198,14 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         patch.setattr(os, "fsync", full)
         write_image(path, [image.resize((99, 99))])
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_temporary_files_of_processes_that_were_killed_are_removed_and_no_others(tmp_path):
+    names = [f"a.png.{platform.node()}-{process}.tmp" for process in ("99999999", "1", str(os.getppid()), "backup")]
+    for name in names:
+        (tmp_path / name).touch()
+    write_image(tmp_path / "a.png", [Image.new("RGB", (9, 9))])
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", *names[1:]}
 
 
 def test_a_part_of_an_image_and_of_a_text_is_filled_in(trained, capsys):
