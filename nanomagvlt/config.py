@@ -69,15 +69,18 @@ class Config:
     segments: bool = False                   # argvlt: an embedding for each half, given or generated (L-Verse)
     layers: int = 4                          # P 24
     width: int = 128                         # D; P 1024
-    heads: int = 4                           # H; P 8
+    heads: int = 8                           # H; P 8
     dropout: float = 0.0                     # on residuals and attention; P 0.1
     init_std: float = 0.09                   # weights start as N(0, init_std); R 0.02
+    zero_outputs: bool = True                # the last matrices of attention and MLP start as 0, not as N; R no
     position_init: str = "sincos"            # positions start as N(0, init_std) (normal) or as sines; R normal
+    text_window: int = 9                     # a word also reads those beside it, so many with itself; P 0 (no others)
     # Objective (eq. 6)
     task_weights: dict[str, float] = per_task(t2i=2.0, i2t=2.0, it2it=1.0)  # how often each is drawn; P 8, 1, 1
     length_weight: float = 0.1               # lambda_TL; P 0.01
     length_pass: str = "own"                 # the length is learned in the main pass, or in its own pass; R main
     length_positions: int = 1                # masked positions in a text's place when its length is predicted; R 16
+    length_rows: int = 16                    # pairs of a batch in the length's own pass; 0: all
     unroll_mask: bool = False                # UnrollMask (section 3.3): one more pass, not in IT2IT; P true
     unroll_weight: float = 1.0               # lambda_UM; P 1
     unroll_step: str = "confident"           # UnrollMask's second mask: fresh, next or confident (see chapter 4)
@@ -91,18 +94,19 @@ class Config:
     label_smoothing: float = 0.0             # P 0.1
     condition_dropout: float = 0.0           # share of given texts left out, as guidance needs (0.1, say); P 0
     # Optimiser
-    steps: int = 10_000                      # updates; P 40,000
-    batch_size: int = 16                     # pairs per update, of all processes together; P 4,096
+    steps: int = 1500                        # updates; P 40,000
+    batch_size: int = 64                     # pairs per update, of all processes together; P 4,096
     micro_batch: int = 0                     # pairs in one pass through the model; 0: the whole batch
     precision: str = "fp32"                  # of matrix products: fp32, bf16 or fp16 (V100, T4); on a GPU, sampling too
     compile: bool = False                    # torch.compile: a slow start, then fewer and larger kernels
-    lr: float = 1e-3                         # peak learning rate; P 4.5e-4
-    decay_fraction: float = 0.3              # last share of the updates, in which lr falls to 0 as a cosine; P 1
-    warmup: int = 100                        # updates of linear warm-up
-    betas: tuple[float, ...] = (0.9, 0.96)   # AdamW; P 0.9, 0.96
+    optimizer: str = "muon"                  # adamw, or muon for the blocks' matrices and AdamW for the rest; P adamw
+    lr: float = 2e-3                         # peak learning rate; P 4.5e-4
+    decay_fraction: float = 0.6              # last share of the updates, in which lr falls to 0 as a cosine; P 1
+    warmup: int = 50                         # updates of linear warm-up
+    betas: tuple[float, ...] = (0.9, 0.99)   # AdamW; P 0.9, 0.96
     weight_decay: float = 0.045              # on matrices, except embeddings and positions; P 0.045
     grad_clip: float = 4.0                   # largest gradient norm; P 4
-    ema: float = 0.999                       # decay of the averaged weights, used to sample, at most step/(step + 10)
+    ema: float = 0.998                       # decay of the averaged weights, used to sample, at most step/(step + 10)
     # Decoding (section 3.2)
     image_steps: int = decoding(16)          # K for images; P 10
     image_schedule: str = decoding("cosine") # gamma in decoding, one of masking.SCHEDULES; P cosine
@@ -186,6 +190,8 @@ class Config:
                    f"vq_multipliers {self.vq_multipliers}")
         if self.width % self.heads:
             yield f"width {self.width} is no multiple of heads {self.heads}"
+        if self.text_window and (is_causal or self.text_window % 2 == 0):
+            yield f"text_window {self.text_window} must be odd, or 0, and 0 with model argvlt"
         if self.position_init == "sincos" and self.width % 4:
             yield f"width {self.width} is no multiple of 4, as position_init sincos needs"
         if absent := set(self.vq_attention) - {self.image_size >> i for i in range(len(self.vq_multipliers))}:
@@ -219,8 +225,8 @@ class Config:
 
 LIMITS = {  # what a value must be, a test for it, and the fields
     "at least 0": (lambda x: x >= 0, "bpe_merges vq_start vq_discriminator_start length_weight unroll_weight "
-                   "unroll_top_k mixsel_weight micro_batch warmup weight_decay eval_scenes image_top_k text_top_k "
-                   "image_noise text_noise task_weights betas guidance"),
+                   "unroll_top_k mixsel_weight micro_batch length_rows text_window warmup weight_decay eval_scenes "
+                   "image_top_k text_top_k image_noise text_noise task_weights betas guidance"),
     "at least 1": (lambda x: x >= 1, "pairs image_size text_length text_bucket codebook_size codebook_dim vq_channels "
                    "vq_multipliers vq_res_blocks vq_latent vq_groups vq_images vq_steps vq_batch layers width heads "
                    "steps batch_size image_steps text_steps log_every eval_every sample_every save_every"),
@@ -230,10 +236,9 @@ LIMITS = {  # what a value must be, a test for it, and the fields
     "in [0, 1]": (lambda x: 0 <= x <= 1, "bpe_dropout vq_mixed decay_fraction"),
 }
 
-CHOICES = {"model": ("magvlt", "argvlt"), "mixsel": ("off", "select", "random"),
+CHOICES = {"model": ("magvlt", "argvlt"), "optimizer": ("adamw", "muon"), "mixsel": ("off", "select", "random"),
            "unroll_step": ("fresh", "next", "confident"), "unroll_text": ("masked", "all"),
-           "it2it_ratio": ("opposite", "same"),
-           "fit": ("crop", "squeeze", "pad"),
+           "it2it_ratio": ("opposite", "same"), "fit": ("crop", "squeeze", "pad"),
            "length_pass": ("own", "main"), "precision": ("fp32", "bf16", "fp16"), "position_init": ("normal", "sincos"),
            "image_order": ORDERS, "text_order": ORDERS, "pair_text_order": ORDERS,
            "image_schedule": SCHEDULES, "text_schedule": SCHEDULES}
@@ -248,22 +253,23 @@ PRESETS = {
                   codebook_size=512, codebook_dim=64, vq_channels=32, vq_latent=128, vq_groups=8, vq_patchwise=False,
                   vq_steps=4000, vq_start=500, layers=6, width=256, heads=4, dropout=0.1, init_std=0.06,
                   task_weights={"t2i": 2.0, "i2t": 1.0, "it2it": 1.0}, unroll_mask=True, mixsel="select",
-                  label_smoothing=0.1, batch_size=32, lr=5e-4, warmup=500, image_temperature=(1.0, 0.5),
+                  label_smoothing=0.1, batch_size=32, lr=5e-4, warmup=500, ema=0.999, image_temperature=(1.0, 0.5),
                   image_noise=(1.0, 0.1)),
     "base": dict(data="", image_size=256, text_length=64, text_bucket=16, bpe_merges=48_894, clean_captions=True,
                  bpe_dropout=0.1, codebook_size=16_384, codebook_dim=256, vq_channels=128,
                  vq_multipliers=(1, 1, 2, 2, 4), vq_res_blocks=2, vq_attention=(16,), vq_latent=256, vq_groups=32,
-                 vq_patchwise=False, layers=24, width=1024, heads=8, dropout=0.1, init_std=0.02,
-                 position_init="normal", length_positions=16, task_weights={"t2i": 8.0, "i2t": 1.0, "it2it": 1.0},
-                 length_weight=0.01, length_pass="main", unroll_mask=True, mixsel="select", label_smoothing=0.1,
-                 steps=40_000, batch_size=4096, micro_batch=64, precision="bf16", compile=True,
-                 lr=4.5e-4, decay_fraction=1.0, warmup=1000, ema=0.9999, image_steps=10, image_temperature=(1.4, 0.6),
-                 image_noise=(2.0, 0.2), text_steps=12, text_order="inverse"),
+                 vq_patchwise=False, layers=24, width=1024, heads=8, dropout=0.1, init_std=0.02, position_init="normal",
+                 length_positions=16, task_weights={"t2i": 8.0, "i2t": 1.0, "it2it": 1.0}, length_weight=0.01,
+                 length_pass="main", unroll_mask=True, mixsel="select", label_smoothing=0.1, zero_outputs=False,
+                 text_window=0, steps=40_000, batch_size=4096, micro_batch=64, precision="bf16", compile=True,
+                 optimizer="adamw", lr=4.5e-4, decay_fraction=1.0, warmup=1000, betas=(0.9, 0.96), ema=0.9999,
+                 image_steps=10, image_temperature=(1.4, 0.6), image_noise=(2.0, 0.2), text_steps=12,
+                 text_order="inverse"),
 }
 PRESETS["large"] = dict(PRESETS["base"], layers=36, width=1280, heads=10, steps=80_000)
 
 # The differences that `--model argvlt` adds to any preset. Top-k 256 is R's; it is no limit for tiny's 128 codes.
-ARGVLT = dict(task_weights={"t2i": 8.0, "i2t": 2.0, "it2it": 0.0}, unroll_mask=False, mixsel="off",
+ARGVLT = dict(text_window=0, task_weights={"t2i": 8.0, "i2t": 2.0, "it2it": 0.0}, unroll_mask=False, mixsel="off",
               image_temperature=(1.0, 1.0), text_temperature=(1.0, 1.0), image_top_k=256)
 
 DECODING = [f.name for f in dataclasses.fields(Config) if "decoding" in f.metadata]
@@ -273,8 +279,7 @@ VQGAN_FIELDS = ("image_size", "codebook_size", "codebook_dim", "vq_channels", "v
                 "vq_attention", "vq_latent", "vq_groups", "vq_patchwise")
 
 PATHS = ("data", "val_data", "cache", "vqgan", "bpe")  # a run compares what is there, not where it is
-# Fields that may change when a run resumes. (Another micro_batch changes dropout and, if the padded length changes, the
-# masks of texts.)
+# Fields that may change when a run resumes. (Another micro_batch changes dropout and, perhaps, the masks of texts.)
 MAY_CHANGE = (*PATHS, "steps", "micro_batch", "compile", "log_every", "eval_every", "sample_every", "save_every",
               "eval_scenes")
 

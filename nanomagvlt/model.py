@@ -72,11 +72,8 @@ class MAGVLT(nn.Module):
     """The whole model, MAGVLT or ARGVLT: from a Sequence to its last states; logits() maps states to tokens."""
 
     def __init__(self, cfg: Config):
-        """cfg.text_vocab must be the size of the text tokenizer's vocabulary.
-
-        Weights start as N(0, init_std) and biases as 0, as in the authors' code; positions as N(0, init_std) too or, an
-        option of ours, as sines and cosines.
-        """
+        """cfg.text_vocab must be the size of the text tokenizer's vocabulary. Weights and positions start as in the
+        authors' code, as N(0, init_std), and biases as 0. Options of ours: blocks that change nothing at first, sines."""
         super().__init__()
         self.cfg, self.vocab = cfg, Vocabulary(cfg)
         self.token_table = nn.Embedding(self.vocab.num_tokens, cfg.width)
@@ -86,18 +83,27 @@ class MAGVLT(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(self.vocab.tokens["text"].stop))
         self.length = nn.Linear(cfg.width, cfg.text_length, bias=False) if cfg.model == "magvlt" else None
         self.segments = nn.Embedding(2, cfg.width) if cfg.segments else None
+        # An option of ours: each word also reads those beside it, to know whose colour is whose. Attention learns this
+        # late, because it brings nothing until a later layer uses it (data/results/README.md).
+        self.text_window = nn.Conv1d(cfg.width, cfg.width, cfg.text_window, padding="same", bias=False
+                                     ) if cfg.text_window else None
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=cfg.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Conv1d):  # a neighbour counts a bit less than the word
+                nn.init.normal_(module.weight, std=0.7 / cfg.width ** 0.5)
+        for block in self.blocks if cfg.zero_outputs else []:
+            nn.init.zeros_(block.attention.proj.weight)
+            nn.init.zeros_(block.mlp[2].weight)
         if cfg.position_init == "sincos":
             axis = sincos_init(cfg.grid, cfg.width // 2)                                           # (G, D/2)
             image = torch.cat([axis.repeat_interleave(cfg.grid, 0), axis.repeat(cfg.grid, 1)], 1)  # (G G, D)
             text = sincos_init(cfg.text_length, cfg.width)                                         # (N_T, D)
-            scale = 2 ** 0.5 * cfg.init_std  # the mean square of a sine is 1/2: so the deviation is init_std
-            with torch.no_grad():
-                self.position_table.weight[:len(image) + len(text)] = scale * torch.cat([image, text])
+            for rows, kind in ((image, "image"), (text, "text")):
+                rows = rows - rows.mean(0)  # what all positions share is most of them on a small grid
+                self.position_table.weight.data[self.vocab.positions[kind]] = 2 * cfg.init_std * rows / rows.std()
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +118,9 @@ class MAGVLT(nn.Module):
         part = slice(None) if columns is None else columns
         x = self.token_table(seq.token_ids[:, part]) + self.embed_positions(seq.position_ids[..., part])  # (B, L, D)
         x = x + seq.is_masked[:, part, None] * self.embed_positions(seq.mask_position_ids[part])       # (B, L, D)
+        if self.text_window is not None:
+            words = self.token_table(seq.token_ids) * seq.is_valid[..., None]                          # (B, L, D)
+            x[:, seq.slices["text"]] += self.text_window(words[:, seq.slices["text"]].mT).mT           # (B, T, D)
         if self.segments is not None:  # L-Verse: [REF] in the given half, [GEN] in the generated half
             is_generated = torch.arange(seq.token_ids.shape[1], device=x.device) >= seq.bog            # (L,)
             x = x + self.segments(is_generated[part].long())
@@ -135,8 +144,7 @@ class MAGVLT(nn.Module):
     def logits(self, states: Tensor, kind: str) -> Tensor:
         """Logits of the tokens at positions of one kind, "image" or "text", from their states (B, N, D): (B, N, V).
 
-        Logits of all L positions over both vocabularies would make a base-size forward pass a fifth slower. A model
-        with weights in bfloat16 has logits in float32, because sampling divides them by temperatures as low as 0.1.
+        Also a model in bfloat16 has them in float32: sampling divides them by temperatures as low as 0.1.
         """
         rows = self.vocab.tokens[kind]
         weight, bias = self.token_table.weight[rows].float(), self.output_bias[rows].float()  # float32 is not copied
@@ -148,11 +156,8 @@ class MAGVLT(nn.Module):
 
 
 def sincos_init(num_positions: int, width: int) -> Tensor:
-    """Sines and cosines of the position, with wavelengths from 2 pi to about 25 x num_positions: (positions, width).
-
-    They are only initial values. A step of one position is then the same rotation everywhere; with random positions
-    the model must learn it at each position.
-    """
+    """Sines and cosines with wavelengths from 2 pi to about 25 x num_positions: (positions, width). A step of one
+    position is the same rotation everywhere; with random positions, the model learns it at each."""
     slowness = (4 * num_positions) ** (torch.arange(width // 2) / (width // 2))                    # (width/2,)
     angle = torch.arange(num_positions)[:, None] / slowness                                        # (., width/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)

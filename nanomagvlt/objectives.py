@@ -66,7 +66,8 @@ def losses(model, task: str, batch: Batch, rng: Rng, run: Callable | None = None
     del logits  # they are large, and would stay in memory through the next passes
 
     if record.length_of and cfg.length_pass == "own":                                                # section 3.2
-        terms |= run(model, "length", build_for_length(task, cfg, batch, masks), batch)[0]
+        few, few_masks = ({name: x[:cfg.length_rows or None] for name, x in of.items()} for of in (batch, masks))
+        terms |= run(model, "length", build_for_length(task, cfg, few, few_masks), few)[0]
 
     if cfg.unroll_mask and record.unroll:                                                            # figure 3
         ((piece, (guess, p)),) = guesses.items()

@@ -27,7 +27,8 @@ def cfg() -> Config:
     """N = 4 image tokens, T = 6 text positions, D = 16."""
     return Config(image_size=16, text_length=6, length_positions=4, codebook_size=12, codebook_dim=4, text_vocab=20,
                   vq_channels=8, vq_multipliers=(1, 1, 2, 2), vq_latent=8, vq_groups=4, layers=2, width=16, heads=2,
-                  init_std=0.3, image_steps=4).check()
+                  init_std=0.3, zero_outputs=False, text_window=3, length_rows=0, batch_size=16,
+                  image_steps=4).check()
 
 
 @pytest.fixture

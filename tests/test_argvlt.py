@@ -14,7 +14,7 @@ from nanomagvlt.sequence import KIND, TASKS, build
 @pytest.fixture(params=[False, True], ids=["", "segments"])
 def causal(cfg, request) -> MAGVLT:
     torch.manual_seed(0)
-    return MAGVLT(dataclasses.replace(cfg, model="argvlt", segments=request.param, init_std=0.3, text_vocab=100,
+    return MAGVLT(dataclasses.replace(cfg, model="argvlt", text_window=0, segments=request.param, init_std=0.3, text_vocab=100,
                                       image_temperature=(1.0, 1.0), text_temperature=(1.0, 1.0))).eval()
 
 

@@ -26,7 +26,8 @@ def test_weights_start_with_the_given_deviation(cfg):
 def test_positions_start_as_sines_of_row_column_and_text_position(cfg):
     rows = MAGVLT(dataclasses.replace(cfg, position_init="sincos")).position_table.weight
     assert torch.equal(rows[0, :8], rows[1, :8]) and torch.equal(rows[0, 8:], rows[2, 8:])    # G = 2, N = 4
-    assert torch.allclose(rows[4:10], 2 ** 0.5 * cfg.init_std * sincos_init(6, 16))
+    sines = sincos_init(6, 16) - sincos_init(6, 16).mean(0)
+    assert torch.allclose(rows[4:10], 2 * cfg.init_std * sines / sines.std(), atol=1e-6)
     assert not torch.equal(rows[0, :8], rows[2, :8])
 
 
@@ -110,13 +111,24 @@ def test_a_masked_position_is_its_mask_token_and_two_position_rows(task, cfg, mo
     """Written out position by position, as in the released code, whose weights need it."""
     masks, vocab = masked(cfg, batch), model.vocab
     seq = build(task, cfg, batch, masks)
-    model.blocks = torch.nn.ModuleList()
+    model.blocks, model.text_window = torch.nn.ModuleList(), None
     x = model(seq)
     for piece, token, first in (("image", "MASK_IMG", 0), ("text", "MASK_TXT", cfg.image_tokens)):
         for i, p in masks[piece].nonzero().tolist():
             expected = (model.token_table.weight[vocab.special(token)] + model.position_table.weight[first + p]
                         + model.position_table.weight[cfg.image_tokens + cfg.text_length + p])
             assert torch.allclose(x[i, seq.slices[piece]][p], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["t2i", "i2t"])
+def test_with_a_window_of_three_a_word_reads_the_words_beside_it_and_no_padding(task, cfg, model, batch):
+    model.blocks, one, tokens = torch.nn.ModuleList(), build(task, cfg, batch), batch["text_tokens"].clone()
+    tokens[2:, 2] = (tokens[2:, 2] + 1) % cfg.text_vocab  # the third word, in rows with 3, 5 and 6 words
+    tokens[:2, 2:] = 0                                    # padding, in rows with 1 and 2
+    changed = (model(one) != model(build(task, cfg, batch | {"text_tokens": tokens}))).any(-1) & one.is_valid  # (B, L)
+    where = one.slices["text"]
+    assert changed[:, where].nonzero().tolist() == [[2, 1], [2, 2], *([row, i] for row in (3, 4) for i in (1, 2, 3))]
+    assert not changed[:, :where.start].any() and not changed[:, where.stop:].any()
 
 
 def test_logits_are_over_their_own_vocabulary(cfg, model, batch):
@@ -131,7 +143,7 @@ def test_logits_are_over_their_own_vocabulary(cfg, model, batch):
 
 
 def test_parameters_are_counted_by_the_papers_formula(cfg):
-    d, n, t = cfg.width, cfg.image_tokens, cfg.text_length
+    cfg.text_window, d, n, t = 0, cfg.width, cfg.image_tokens, cfg.text_length
     block = 12 * d * d + 13 * d
     head = d * d + 3 * d + cfg.codebook_size + cfg.text_vocab
     assert num_parameters(MAGVLT(cfg)) == ((cfg.codebook_size + cfg.text_vocab + 10) * d + (2 * n + 2 * t + 4) * d

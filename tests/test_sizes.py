@@ -13,7 +13,7 @@ def sizes() -> dict[str, tuple[int, int]]:
     """For each part of the house its lines and the most that they may be."""
     package = ROOT / "nanomagvlt"
     return {"chapters 1 to 5": (count(*(package / f"{name}.py" for name in CHAPTERS)), 1000),
-            "top of the package": (count(*package.glob("*.py")), 1690),
+            "top of the package": (count(*package.glob("*.py")), 1700),
             "package and scripts": (count(*package.rglob("*.py"), *ROOT.glob("*.py"), *ROOT.glob("data/*.py")), 8000),
             "tests": (count(*(ROOT / "tests").rglob("*.py")), 4900)}
 

@@ -98,14 +98,52 @@ def learning_rate(step: int, peak: float, warmup: int, total: int, decay_fractio
     return peak * 0.5 * (1 + math.cos(math.pi * decay))
 
 
+class Muon(torch.optim.AdamW):
+    """AdamW, except for parameter groups with "muon": True, which are matrices. There the update is Nesterov's momentum
+    with all its singular values made about 1 (Jordan et al., 2024, kellerjordan.github.io/posts/muon). The factor
+    0.2 sqrt(larger side) gives it AdamW's size, so that one learning rate serves both (Liu et al., 2025, arXiv
+    2502.16982). torch.optim.Muon computes in bfloat16, which is slow on CPUs."""
+
+    @torch.no_grad()
+    def step(self):
+        everything = self.param_groups
+        self.param_groups = [group for group in everything if not group["muon"]]
+        super().step()
+        self.param_groups = everything
+        for group in everything:
+            for p in group["params"] if group["muon"] else []:
+                state = self.state[p] = self.state[p] or {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
+                state["momentum"].lerp_(p.grad, 0.05)
+                update = orthogonal(p.grad.lerp(state["momentum"], 0.95))
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * 0.2 * max(p.shape) ** 0.5 * update)
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """A matrix with the singular vectors of x and all singular values about 1, by 5 Newton-Schulz steps."""
+    if len(x) > len(x.T):
+        return orthogonal(x.T).T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x
+
+
 def optimizer_for(model: torch.nn.Module, cfg: Config, lr: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and convolutions; not on biases, norms, embeddings and positions."""
+    """AdamW with weight decay on matrices and convolutions; not on biases, norms, embeddings and positions. With
+    cfg.optimizer "muon", a transformer's blocks have Muon for their matrices."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
-    rest = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
-    return torch.optim.AdamW([{"params": decayed, "weight_decay": cfg.weight_decay},
-                              {"params": rest, "weight_decay": 0.0}], lr=lr, betas=cfg.betas, fused=True)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    rest = [p for _, p in trained if p.ndim < 2 or id(p) in embeddings]
+    decayed, muon = [], []
+    for name, p in trained:
+        if p.ndim >= 2 and id(p) not in embeddings:
+            (muon if cfg.optimizer == "muon" and name.startswith("blocks.") else decayed).append(p)
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay, "muon": False},
+              {"params": rest, "weight_decay": 0.0, "muon": False}]
+    if muon:
+        groups.append({"params": muon, "weight_decay": cfg.weight_decay, "muon": True})
+    return (Muon if muon else torch.optim.AdamW)(groups, lr=lr, betas=cfg.betas, fused=True)
 
 
 def scaler_for(cfg: Config, device: torch.device) -> torch.amp.GradScaler:

@@ -88,7 +88,7 @@ def measured(typed: str, capsys) -> tuple[dict | list, str]:
     ("train.py --preset base", "--data"),
     ("train.py --preset base --data x", "--vqgan"),
     ("train.py --width many", "--width"),
-    ("train.py --width 130", "heads 4"),
+    ("train.py --width 130", "heads 8"),
     ("train.py --layers 0", "layers 0"),
     ("train.py --grad-clip inf", "grad_clip inf"),
     ("train.py --vq-multipliers ''", "vq_multipliers"),

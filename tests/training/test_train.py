@@ -157,6 +157,7 @@ def test_tasks_are_drawn_by_weight(cfg):
 
 
 def test_no_decay_on_biases_norms_embeddings_positions(cfg, model):
+    cfg.optimizer = "adamw"
     decayed, rest = train.optimizer_for(model, cfg, 1e-3).param_groups
     assert decayed["weight_decay"] == cfg.weight_decay and rest["weight_decay"] == 0
     names = {id(p): name for name, p in model.named_parameters()}
@@ -164,6 +165,24 @@ def test_no_decay_on_biases_norms_embeddings_positions(cfg, model):
     undecayed = {names[id(p)] for p in rest["params"]}
     assert {"token_table.weight", "position_table.weight", "output_bias", "head.2.weight"} <= undecayed
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
+
+
+def test_muon_moves_matrices_of_blocks_along_all_directions_alike_and_the_rest_as_adamw(cfg, model):
+    after = {}
+    for cfg.optimizer in ("adamw", "muon"):
+        trained, g = copy.deepcopy(model), torch.Generator().manual_seed(0)
+        optimizer = train.optimizer_for(trained, cfg, 1e-3)
+        for p in trained.parameters():
+            p.grad = torch.randn(p.shape, generator=g)
+        optimizer.step()
+        after[cfg.optimizer] = dict(trained.named_parameters())
+    for name, before in model.named_parameters():
+        if name.startswith("blocks.") and before.ndim == 2:
+            moved = before * (1 - 1e-3 * cfg.weight_decay) - after["muon"][name]
+            sizes = torch.linalg.svdvals(moved) / (1e-3 * 0.2 * max(before.shape) ** 0.5)
+            assert 0.6 < sizes.min() and sizes.max() < 1.3, name
+        else:
+            assert torch.equal(after["muon"][name], after["adamw"][name]), name
 
 
 def test_what_samples_is_the_moving_average_of_what_is_trained(straight, cfg, model):
