@@ -72,8 +72,8 @@ class MAGVLT(nn.Module):
     """The whole model, MAGVLT or ARGVLT: from a Sequence to its last states; logits() maps states to tokens."""
 
     def __init__(self, cfg: Config):
-        """cfg.text_vocab must be the size of the text tokenizer's vocabulary. Weights and positions start as in the
-        authors' code, as N(0, init_std), and biases as 0. Options of ours: blocks that change nothing at first, sines."""
+        """cfg.text_vocab must be the size of the text tokenizer's vocabulary. Weights and positions start as N(0,
+        init_std) and biases as 0, as in the authors' code. Options of ours: blocks that change nothing at first; sines."""
         super().__init__()
         self.cfg, self.vocab = cfg, Vocabulary(cfg)
         self.token_table = nn.Embedding(self.vocab.num_tokens, cfg.width)
