@@ -73,7 +73,7 @@ class MAGVLT(nn.Module):
 
     def __init__(self, cfg: Config):
         """cfg.text_vocab must be the size of the text tokenizer's vocabulary. Weights and positions start as N(0,
-        init_std) and biases as 0, as in the authors' code. Options of ours: blocks that change nothing at first; sines."""
+        init_std) and biases as 0, as in the authors' code. Ours: blocks that change nothing at first, and sines."""
         super().__init__()
         self.cfg, self.vocab = cfg, Vocabulary(cfg)
         self.token_table = nn.Embedding(self.vocab.num_tokens, cfg.width)
