@@ -14,7 +14,7 @@ from nanomagvlt.sequence import KIND, TASKS, build
 @pytest.fixture(params=[False, True], ids=["", "segments"])
 def causal(cfg, request) -> MAGVLT:
     torch.manual_seed(0)
-    return MAGVLT(dataclasses.replace(cfg, model="argvlt", text_window=0, segments=request.param, init_std=0.3, text_vocab=100,
+    return MAGVLT(dataclasses.replace(cfg, model="argvlt", text_window=0, segments=request.param, text_vocab=100,
                                       image_temperature=(1.0, 1.0), text_temperature=(1.0, 1.0))).eval()
 
 
@@ -125,6 +125,6 @@ def test_settings_that_a_causal_model_does_not_have():
     assert set(base.task_shares) == {"t2i", "i2t"} and base.image_top_k == 256
     assert not base.unroll_mask and base.mixsel == "off"
     for wrong in (dict(model="argvlt", task_weights={"it2it": 1.0}), dict(model="argvlt", condition_dropout=0.1),
-                  dict(visible_first=True)):
+                  dict(model="argvlt", text_window=3), dict(visible_first=True)):
         with pytest.raises(ValueError, match="argvlt"):
             preset("tiny", **wrong)
