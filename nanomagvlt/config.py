@@ -74,9 +74,9 @@ class Config:
     init_std: float = 0.09                   # weights start as N(0, init_std); R 0.02
     zero_outputs: bool = True                # the last matrices of attention and MLP start as 0, not as N; R no
     position_init: str = "sincos"            # positions start as N(0, init_std) (normal) or as sines; R normal
-    text_window: int = 9                     # a word also reads those beside it, so many with itself; P 0 (no others)
+    text_window: int = 13                    # a word also reads those beside it, so many with itself; P 0 (no others)
     # Objective (eq. 6)
-    task_weights: dict[str, float] = per_task(t2i=2.0, i2t=2.0, it2it=1.0)  # how often each is drawn; P 8, 1, 1
+    task_weights: dict[str, float] = per_task(t2i=2.0, i2t=6.0, it2it=1.0)  # how often each is drawn; P 8, 1, 1
     length_weight: float = 0.1               # lambda_TL; P 0.01
     length_pass: str = "own"                 # the length is learned in the main pass, or in its own pass; R main
     length_positions: int = 1                # masked positions in a text's place when its length is predicted; R 16
@@ -94,7 +94,7 @@ class Config:
     label_smoothing: float = 0.0             # P 0.1
     condition_dropout: float = 0.0           # share of given texts left out, as guidance needs (0.1, say); P 0
     # Optimiser
-    steps: int = 1500                        # updates; P 40,000
+    steps: int = 2000                        # updates; P 40,000
     batch_size: int = 64                     # pairs per update, of all processes together; P 4,096
     micro_batch: int = 0                     # pairs in one pass through the model; 0: the whole batch
     precision: str = "fp32"                  # of matrix products: fp32, bf16 or fp16 (V100, T4); on a GPU, sampling too
@@ -244,9 +244,9 @@ CHOICES = {"model": ("magvlt", "argvlt"), "optimizer": ("adamw", "muon"), "mixse
            "image_schedule": SCHEDULES, "text_schedule": SCHEDULES}
 
 PRESETS = {
-    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=1000, steps=2000,
-                  task_weights={"t2i": 1.0, "i2t": 1.0, "it2it": 0.0}, eval_scenes=100, eval_every=500,
-                  sample_every=1000, save_every=500),
+    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=600, steps=400,
+                  task_weights={"t2i": 1.0, "i2t": 1.0, "it2it": 0.0}, eval_scenes=100, eval_every=200,
+                  sample_every=200, save_every=200),
     "tiny": dict(),
     # Between tiny and base: real pictures on one modest GPU, or on a patient CPU. Give it --data.
     "small": dict(data="", image_size=64, text_length=48, text_bucket=8, bpe_merges=2000, bpe_dropout=0.1,

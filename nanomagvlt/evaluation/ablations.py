@@ -25,8 +25,8 @@ FULL = {"unroll_mask": True, "mixsel": "select"}
 VARIANTS = {
     "full": FULL, "no-mixsel": {"unroll_mask": True}, "no-unrollmask": {"mixsel": "select"}, "plain": {},
     "mixrandom": {"unroll_mask": True, "mixsel": "random"},
-    "argvlt": {"model": "argvlt", "task_weights": {"t2i": 1, "i2t": 1, "it2it": 0}},  # t2i : i2t as in the others
-    "argvlt-mixsel": {"model": "argvlt", "task_weights": {"t2i": 1, "i2t": 1, "it2it": 0}, "mixsel": "select"},
+    "argvlt": {"model": "argvlt", "task_weights": {"t2i": 1, "i2t": 3, "it2it": 0}},  # t2i : i2t as in the others
+    "argvlt-mixsel": {"model": "argvlt", "task_weights": {"t2i": 1, "i2t": 3, "it2it": 0}, "mixsel": "select"},
     "wide": {**FULL, "width": 192, "heads": 6},
     "same-ratio": {"it2it_ratio": "same"}, "unroll-all": {"unroll_mask": True, "unroll_text": "all"},
     "length-main": {"length_pass": "main", "length_positions": 16},  # as the release

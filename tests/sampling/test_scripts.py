@@ -162,7 +162,8 @@ def test_drawings_depend_on_the_seed_and_the_settings_alone(trained, capsys):
     prompt = "--prompt 'a red circle' --num-samples"
     _, three = sampled(f"{prompt} 3", capsys)
     assert np.array_equal(three, sampled(f"{prompt} 3", capsys)[1])
-    assert np.array_equal(three[8:168:5, 8:168:5], sampled(f"{prompt} 1", capsys)[1])  # the first is the single one
+    first = three[8:168:5, 8:168:5].astype(int)  # it is the single one; a larger batch may round a pixel differently
+    assert abs(first - sampled(f"{prompt} 1", capsys)[1]).max() <= 1
     for other in (f"--seed {10 ** 30}", "--image-steps 5 --image-temperature 2,2", "--image-order halton"):
         assert not np.array_equal(three, sampled(f"{prompt} 3 {other}", capsys)[1])
     lines = {n: sampled(f"--prompt {'x' * n} --num-samples 1", capsys)[0] for n in (24, 25)}

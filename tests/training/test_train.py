@@ -390,7 +390,7 @@ def test_a_gpu_without_bfloat16_is_told_of_fp16(tmp_path, monkeypatch, capsys):
 
 def test_a_dry_run_says_what_it_costs_and_does_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train.main([*SMALL, "--dry-run"])
+    train.main([*SMALL, "--text-window", "0", "--dry-run"])
     assert "parameters   14,822" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
