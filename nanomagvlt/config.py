@@ -244,7 +244,7 @@ CHOICES = {"model": ("magvlt", "argvlt"), "optimizer": ("adamw", "muon"), "mixse
            "image_schedule": SCHEDULES, "text_schedule": SCHEDULES}
 
 PRESETS = {
-    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=600, steps=600,
+    "micro": dict(data="shapes:micro", pairs=4_000, vq_images=4_000, vq_steps=1000, steps=400,
                   task_weights={"t2i": 1.0, "i2t": 1.0, "it2it": 0.0}, eval_scenes=100, eval_every=200,
                   sample_every=200, save_every=200),
     "tiny": dict(),
