@@ -248,6 +248,10 @@ PRESETS = {
                   task_weights={"t2i": 1.0, "i2t": 1.0, "it2it": 0.0}, eval_scenes=100, eval_every=200,
                   sample_every=200, save_every=200),
     "tiny": dict(),
+    # The paper's whole objective and decoding in tiny's world, at tiny's size. Longer texts: MixSel joins two captions.
+    "paper": dict(text_length=44, length_weight=0.01, length_pass="main", length_positions=16, unroll_mask=True,
+                  mixsel="select", label_smoothing=0.1, steps=1500, image_steps=10, text_steps=12,
+                  text_order="inverse", eval_every=500),
     # Between tiny and base: real pictures on one modest GPU, or on a patient CPU. Give it --data.
     "small": dict(data="", image_size=64, text_length=48, text_bucket=8, bpe_merges=2000, bpe_dropout=0.1,
                   codebook_size=512, codebook_dim=64, vq_channels=32, vq_latent=128, vq_groups=8, vq_patchwise=False,

@@ -15,7 +15,7 @@ from PIL import Image
 import sample
 import train
 from nanomagvlt import io
-from nanomagvlt.config import preset
+from nanomagvlt.config import PRESETS, preset
 from nanomagvlt.training import cli, cost, loop, train_vqgan, update
 
 SMALL = """
@@ -223,6 +223,12 @@ def test_a_vqgan_that_diverges_says_so_and_changes_nothing(start, tmp_path, monk
     error = capsys.readouterr().err
     assert "--vq-lr" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_settings_of_each_preset_go_together_for_both_models(name):
+    for model in ("magvlt", "argvlt"):
+        assert preset(name, model=model).model == model  # ValueError, if they did not
 
 
 def test_a_folder_in_which_nothing_was_done_may_be_begun_anew(tmp_path):
